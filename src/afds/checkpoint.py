@@ -1,0 +1,39 @@
+"""last.ckpt: tensors and plain data, written whole or not at all, read without running anything."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from afds.errors import RunFolderError
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write beside the old one, flush to disk, then replace it in one step."""
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, tensors on the CPU.
+
+    Raises:
+        RunFolderError: the file is missing, cut short or not a checkpoint of afds.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise RunFolderError(f"{path} is missing: there is nothing to resume.") from None
+    except Exception as error:
+        raise RunFolderError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it was cut short or "
+                             "changed. Start the run again in a new folder.") from error  # fmt: skip
+    if not isinstance(state, dict) or not {"epoch", "stage", "task", "optimizer"} <= set(state):
+        raise RunFolderError(f"{path} is not a checkpoint of afds.")
+    return state

@@ -1,0 +1,283 @@
+"""The options of a run: dataclasses are the one source, the command line and config.json are drawn from them.
+
+The docstring under each field is its help text. Every value is checked before work starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from afds.errors import ConfigError
+from afds.selection import SelectionConfig
+
+TRANSFERS = ("scratch", "l2", "l2-sp", "afd")
+COMPRESSIONS = ("dense", "afs")
+ALIASES = {"afds": "afd+afs", "afds-paper": "afd+afs", "fbs": "l2+afs"}
+# afds-paper: what is ours, and not the paper's, is off.
+PAPER: dict[str, dict[str, Any]] = {
+    "selection": {"predictor": "full", "standardise": False, "importance": False, "bounded": False},
+    "distillation": {"snapshot": False, "logits": 0.0, "squared": False},
+    "descent": {"allocation": "uniform", "static_quantile": 0.05, "prune_quantile": 0.05},
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How photos are read."""
+
+    input_size: int = 0
+    """Side of the square image that the network sees, in pixels. 0: the source's own (mostly 224)."""
+    val_fraction: float = 0.1
+    """Share of the training images set aside for choices, where there is no val/ folder."""
+    test_fraction: float = 0.15
+    """Share set aside for the final figure, where DATA has no train/ and test/ folders."""
+    scale: float = 0.35
+    """Smallest area of a random training crop, as a share of the image."""
+    flip: bool = True
+    """Mirror training images at random."""
+    workers: int = 2
+    """Processes that read images. 0 reads in the main process."""
+    skip_unreadable: bool = False
+    """Go on without images that cannot be read (they are listed either way)."""
+    cache: bool = True
+    """Keep decoded, shrunk images in memory between epochs where they fit."""
+
+    def __post_init__(self) -> None:
+        _require(self.input_size == 0 or 16 <= self.input_size <= 2048, "data.input-size", self.input_size,
+                 "0 or a number of pixels from 16 to 2048")  # fmt: skip
+        _require(0 < self.val_fraction < 0.9, "data.val-fraction", self.val_fraction, "between 0 and 0.9")
+        _require(0 <= self.test_fraction < 0.9, "data.test-fraction", self.test_fraction, "from 0 to below 0.9")
+        _require(0 < self.scale <= 1, "data.scale", self.scale, "above 0 and at most 1")
+        _require(0 <= self.workers <= 64, "data.workers", self.workers, "from 0 to 64")
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """What keeps the target near its source while it learns."""
+
+    afd: float = 0.01
+    """Weight lambda of attentive feature distillation (the paper's term)."""
+    hidden: int = 32
+    """Width H of the attention network phi."""
+    squared: bool = False
+    """Square the distance of each feature map. The published code does not."""
+    snapshot: bool = True
+    """Once d = 1 is learned, distil from a frozen copy of the network at that point (ours); off: from the source
+    all along, as in the paper."""
+    logits: float = 1.0
+    """Weight of logit distillation from that snapshot (ours). 0 turns it off."""
+    temperature: float = 2.0
+    """Temperature of logit distillation."""
+
+    def __post_init__(self) -> None:
+        _require(self.afd >= 0, "distillation.afd", self.afd, "0 or more")
+        _require(self.logits >= 0, "distillation.logits", self.logits, "0 or more")
+        _require(self.hidden >= 1, "distillation.hidden", self.hidden, "1 or more")
+        _require(self.temperature > 0, "distillation.temperature", self.temperature, "above 0")
+
+
+@dataclass(frozen=True)
+class DescentConfig:
+    """How the density falls from 1 to what the budget asks."""
+
+    start: float = 0.25
+    """Share of the epochs at d = 1."""
+    end: float = 0.6
+    """Share of the epochs after which the density no longer falls."""
+    stages: int = 12
+    """Number of steps of the fall; after each, s, gamma and m are updated on training images."""
+    static_quantile: float = 0.0
+    """Per stage, this share of a layer's still dynamic channels, those whose saliency varies least, turns static."""
+    prune_quantile: float = 0.0
+    """Per stage, this share of a layer's kept channels, those of the smallest mean pi, is pruned for good."""
+    allocation: Literal["uniform", "spared"] = "uniform"
+    """`uniform`: one density for all layers (the paper). `spared`: stem and shortcuts, which cost little and carry
+    the residual stream, keep more."""
+    images: int = 64
+    """Validation images on which densities are solved for."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.start < self.end <= 1, "descent.start and descent.end", (self.start, self.end),
+                 "0 <= start < end <= 1")  # fmt: skip
+        _require(self.stages >= 1, "descent.stages", self.stages, "1 or more")
+        _require(0 <= self.static_quantile < 1, "descent.static-quantile", self.static_quantile, "from 0 to below 1")
+        _require(0 <= self.prune_quantile < 1, "descent.prune-quantile", self.prune_quantile, "from 0 to below 1")
+        _require(self.images >= 1, "descent.images", self.images, "1 or more")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How weights are learned: SGD with momentum."""
+
+    epochs: int = 0
+    """Passes over the training images. 0: chosen by their number (about 60,000 images seen, 12 to 60 passes)."""
+    batch_size: int = 32
+    """Images a step, per device."""
+    lr: float = 0.02
+    """Peak learning rate."""
+    predictor_lr: float = 1.0
+    """The predictors' learning rate, as a multiple of the peak."""
+    momentum: float = 0.9
+    """Momentum of SGD (Nesterov)."""
+    weight_decay: float = 5e-4
+    """L2 weight decay, on weights of convolutions, predictors and the classifier."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """`cosine`: warm-up over the first 5 %, then down to 0. `step`: times 0.1 after 67 % (the paper's student)."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross-entropy."""
+    clip: float = 10.0
+    """Largest gradient norm. 0: no clipping."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 0, "optim.epochs", self.epochs, "0 or more")
+        _require(self.batch_size >= 2, "optim.batch-size", self.batch_size, "2 or more: batch norm needs two images")
+        _require(0 < self.lr < 100, "optim.lr", self.lr, "above 0")
+        _require(self.predictor_lr >= 0, "optim.predictor-lr", self.predictor_lr, "0 or more")
+        _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "from 0 to below 1")
+        _require(self.weight_decay >= 0, "optim.weight-decay", self.weight_decay, "0 or more")
+        _require(0 <= self.label_smoothing < 1, "optim.label-smoothing", self.label_smoothing, "from 0 to below 1")
+        _require(self.clip >= 0, "optim.clip", self.clip, "0 or more")
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """Where it runs."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Kind of device."""
+    devices: int = 1
+    """How many devices (processes, on a CPU) train together."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """`auto`: bf16-mixed where the device computes in bf16, else 32-true."""
+
+    def __post_init__(self) -> None:
+        _require(self.devices >= 1, "hardware.devices", self.devices, "1 or more")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Transfer a pretrained network to your photos, at a fraction of its cost."""
+
+    data: Annotated[Path | None, tyro.conf.Positional] = None
+    """Folder of class folders, or one with train/, val/, test/ in it."""
+    source: str = "resnet50"
+    """Pretrained network: a timm name, `NAME:weights.safetensors`, or the folder of an earlier run."""
+    budget: str = ""
+    """How cheap: a ratio of MACs (`10x`) or MACs per image (`0.8G`). `1x` keeps all. Default: 5x, or 1x for a method
+    without compression."""
+    out: Path | None = None
+    """Run folder to write."""
+    method: str = "afds"
+    """TRANSFER+COMPRESSION, such as `l2+dense`, or afds, afds-paper, fbs."""
+    resume: Path | None = None
+    """Go on with an interrupted run (its folder); no other option is needed."""
+    seed: int = 0
+    """Seed of everything random."""
+    source_data: Path | None = None
+    """Photos of the source task: the network first learns there with selection at d = 1 (the paper's source step)."""
+    source_epochs: int = 10
+    """Epochs of that source step."""
+    arch_args: str = "{}"
+    """JSON with arguments of the architecture, e.g. '{"layers": [1, 1, 1, 1]}'."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files into the run folder."""
+    data_options: Annotated[DataConfig, tyro.conf.arg(name="data-options")] = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    descent: DescentConfig = field(default_factory=DescentConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**31, "seed", self.seed, "from 0 to 2147483647")
+        _require(self.source_epochs >= 1, "source-epochs", self.source_epochs, "1 or more")
+        parse_method(self.method)
+
+
+def parse_method(method: str) -> tuple[str, str]:
+    """`afd+afs` -> ("afd", "afs"); aliases and a transfer part alone (`+dense`) are understood.
+
+    Raises:
+        ConfigError: an unknown part, with the list of those known.
+    """
+    spelled = ALIASES.get(method, method)
+    transfer, plus, compression = spelled.partition("+")
+    compression = compression if plus else "dense"
+    if transfer not in TRANSFERS or compression not in COMPRESSIONS:
+        raise ConfigError(
+            f"Unknown method {method!r}. A method is TRANSFER+COMPRESSION with transfer one of {', '.join(TRANSFERS)} "
+            f"and compression one of {', '.join(COMPRESSIONS)}, or one of {', '.join(ALIASES)}."
+        )
+    return transfer, compression
+
+
+def resolve_method(config: FitConfig) -> FitConfig:
+    """The options that a method's name stands for, and the default budget.
+
+    Raises:
+        ConfigError: a budget for a method that cannot meet one.
+    """
+    compression = parse_method(config.method)[1]
+    budget = config.budget or ("1x" if compression == "dense" else "5x")
+    if compression == "dense" and budget != "1x":
+        raise ConfigError(f"--method {config.method} computes everything and cannot meet a budget of {budget}: "
+                          "leave --budget out, or choose a method with +afs.")  # fmt: skip
+    config = dataclasses.replace(config, budget=budget)
+    if config.method == "afds-paper":
+        parts = {part: dataclasses.replace(getattr(config, part), **values) for part, values in PAPER.items()}
+        config = dataclasses.replace(config, **parts)
+    return config
+
+
+def to_json(config: Any) -> Any:
+    """Plain data of a dataclass, paths as text."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return str(config) if isinstance(config, Path) else config
+
+
+def from_json(cls: type, values: Any, where: str = "config.json") -> Any:
+    """A dataclass from plain data; unknown names and wrong kinds are refused, as they come from a file.
+
+    Raises:
+        ConfigError: it names the file and the value.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected an object, found {type(values).__name__}.")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ConfigError(f"{where}: unknown option {unknown[0]!r}.")
+    return cls(**{name: _coerce(hints[name], value, f"{where}: {name}") for name, value in values.items()})
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_json(hint, value, where)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        if value in args:
+            return value
+    elif hint is Path and isinstance(value, str):
+        return Path(value)
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(hint, type) and type(value) is hint:
+        return value
+    raise ConfigError(f"{where}: {value!r} is not a valid value.")
+
+
+def _require(holds: bool, name: str, value: Any, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f"--{name} must be {wanted}, got {value}.")

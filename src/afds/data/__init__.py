@@ -1,0 +1,40 @@
+"""From a folder of photos to batches.
+
+In order: `scan`, `make_splits`, `check_images` and `without`, `ImageDataset` with a transform, `make_loader`.
+"""
+
+from afds.data.check import Unreadable, check_images, describe, without
+from afds.data.digits import write_digits
+from afds.data.folder import Folder, Item, scan
+from afds.data.images import ImageError, read_rgb, read_shrunk, to_rgb
+from afds.data.loader import ImageDataset, make_loader, set_epoch
+from afds.data.preprocess import Preprocess
+from afds.data.split import Splits, make_splits
+from afds.data.timing import TimedLoader
+from afds.data.transforms import Augment, Transform, eval_transform, train_transform
+
+__all__ = [
+    "Augment",
+    "Folder",
+    "ImageDataset",
+    "ImageError",
+    "Item",
+    "Preprocess",
+    "Splits",
+    "TimedLoader",
+    "Transform",
+    "Unreadable",
+    "check_images",
+    "describe",
+    "eval_transform",
+    "make_loader",
+    "make_splits",
+    "read_rgb",
+    "read_shrunk",
+    "scan",
+    "set_epoch",
+    "to_rgb",
+    "train_transform",
+    "without",
+    "write_digits",
+]

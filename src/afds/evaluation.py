@@ -1,0 +1,228 @@
+"""How good a network is on labelled images, and what it costs on the same images, in one pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
+
+from afds.artifact import Run, load_run
+from afds.cost import Cost, CostMeter
+from afds.data import Folder, ImageDataset, Item, eval_transform, make_loader, make_splits, scan
+from afds.errors import AfdsError, DataError
+
+SPLITS = ("auto", "test", "val", "train", "all")
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Shares from 0 to 1 over `images` images."""
+
+    images: int
+    top1: float
+    top5: float | None
+    """None for five classes or fewer, where it says nothing."""
+    balanced_accuracy: float
+    """Mean of the accuracies of the classes that occur: no large class hides a small one."""
+    cross_entropy: float
+    """Mean, in nats; NaN where the network's output is."""
+    per_class: tuple[float | None, ...]
+    """Accuracy of each class, None where no image of it was there."""
+    cost: Cost | None = None
+    """MACs on these images, where they were counted."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data without the cost; numbers that are not finite become None."""
+        names = ("images", "top1", "top5", "balanced_accuracy", "cross_entropy")
+        values = {name: getattr(self, name) for name in names}
+        if self.cross_entropy != self.cross_entropy or abs(self.cross_entropy) == float("inf"):
+            values["cross_entropy"] = None
+        return {**values, "per_class": list(self.per_class)}
+
+
+@torch.no_grad()
+def evaluate(
+    network: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    device: torch.device | str | None = None,
+    *,
+    count_macs: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Metrics:
+    """Run `network` in eval mode (its own mode is given back) over (images (B, 3, H, W), labels (B,)).
+
+    device: where the batches are moved to; by default where the network's weights are.
+    count_macs: count the MACs on the way, which costs little beside the forward.
+    progress: called after each batch with the images seen so far.
+    Where torch.distributed runs, all ranks call it together and each returns the figures of all images
+    (the cost stays that of its own). Raises DataError without a single image.
+    """
+    device = torch.device(device) if device is not None else next(network.parameters()).device
+    scores = MulticlassStatScores(num_classes, average=None, validate_args=False).to(device)
+    top5 = MulticlassAccuracy(num_classes, top_k=5, average="micro").to(device) if num_classes > 5 else None
+    entropy = MeanMetric(nan_strategy="disable").to(device)  # a NaN is to be seen, not left out
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    cost, seen = Cost(), 0
+    try:
+        meter = CostMeter(network) if count_macs else None
+        for x_BCHW, y_B in batches:
+            x_BCHW, y_B = x_BCHW.to(device, non_blocking=True), y_B.to(device, non_blocking=True)
+            if meter is not None:
+                logits_BK, batch_cost = meter(x_BCHW)
+                cost.add(batch_cost)
+            else:
+                logits_BK = network(x_BCHW)
+            logits_BK = logits_BK.float()
+            scores.update(logits_BK.argmax(1), y_B)
+            if top5 is not None:
+                top5.update(logits_BK, y_B)
+            entropy.update(F.cross_entropy(logits_BK, y_B), len(y_B))
+            seen += len(y_B)
+            if progress is not None:
+                progress(seen)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if not seen:
+        raise DataError("There is no image to evaluate on.")
+    right_C, support_C = scores.compute()[:, 0], scores.compute()[:, 4]
+    recalls = [int(r) / int(n) if n else None for r, n in zip(right_C, support_C, strict=True)]
+    present = [recall for recall in recalls if recall is not None]
+    images = int(support_C.sum())
+    return Metrics(
+        images=images,
+        top1=int(right_C.sum()) / images,
+        top5=None if top5 is None else float(top5.compute()),
+        balanced_accuracy=sum(present) / len(present),
+        cross_entropy=float(entropy.compute()),
+        per_class=tuple(recalls),
+        cost=cost if count_macs else None,
+    )
+
+
+@dataclass(frozen=True)
+class FolderResult:
+    """A run on a folder."""
+
+    split: str
+    metrics: Metrics
+    labels: tuple[str, ...]
+    """Class names in the order of `metrics.per_class`."""
+    notes: tuple[str, ...]
+    """What a reader of the figures should know, one sentence each."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: the metrics, the MACs, and the accuracy by class name."""
+        values = self.metrics.to_dict()
+        per_class = dict(zip(self.labels, values.pop("per_class"), strict=True))
+        cost = self.metrics.cost
+        macs = {}
+        if cost is not None:
+            macs = {"dense_macs": cost.dense, "counted_macs": cost.counted, "ratio": cost.ratio}
+        return {"split": self.split, **values, **macs, "per_class": per_class, "notes": list(self.notes)}
+
+
+def evaluate_folder(
+    run_path: Path | str,
+    data_path: Path | str,
+    split: str = "auto",
+    *,
+    batch_size: int = 32,
+    device: str = "cpu",
+    workers: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> FolderResult:
+    """Evaluate a run on a folder of class folders, matched to the run's classes by name.
+
+    split: `auto` takes test/ where there is one, the images that this run held out where it is the folder it
+    was fitted on, else all that is there; or one of `test`, `val`, `train`, `all`.
+    Raises RunFolderError for the run, DataError for the folder: among others a class that the run does not
+    know, a split that is not there.
+    """
+    if split not in SPLITS:
+        raise DataError(f"{split!r} is no split; choose one of {', '.join(SPLITS)}.")
+    run, folder = load_run(run_path), scan(data_path)
+    labels = {name: position for position, name in enumerate(run.labels)}
+    if strangers := [name for name in folder.classes if name not in labels]:
+        more = f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""
+        raise DataError(
+            f"{folder.root}: the run does not know the classes {', '.join(map(repr, strangers[:5]))}{more}. "
+            f"It knows {', '.join(map(repr, run.labels[:5]))}{', ...' if len(run.labels) > 5 else ''}. "
+            "Rename these folders or take them out."
+        )
+    chosen, items, notes = _choose(run, folder, split)
+    items = tuple(Item(item.path, labels[folder.classes[item.label]]) for item in items)
+    absent = len(run.labels) - len({item.label for item in items})
+    if absent:
+        notes.append(f"{absent} of the run's {len(run.labels)} classes have no image here.")
+    dataset = ImageDataset(items, eval_transform(run.preprocess))
+    loader = make_loader(dataset, batch_size=batch_size, shuffle=False, seed=0, workers=workers)
+    model = run.model.to(device)
+    metrics = evaluate(model, loader, len(run.labels), device, count_macs=True, progress=progress)
+    return FolderResult(chosen, metrics, run.labels, (*folder.warnings, *notes))
+
+
+def _choose(run: Run, folder: Folder, split: str) -> tuple[str, tuple[Item, ...], list[str]]:
+    """The split's name, its items and notes about it."""
+    given = dict(folder.splits)
+    held_out = _repeat_split(run, folder)
+    if split == "auto":
+        if "test" in given:
+            split = "test"
+        elif held_out.get("test"):
+            given, split = held_out, "test"
+        elif "all" in given:
+            split = "all"
+        else:
+            split = "val" if "val" in given or "val" in held_out else "train"
+            why = {"val": "choices were made on it", "train": "the run may have learned from it"}[split]
+            note = [f"No test images here: these figures are of {split}, and flattered, since {why}."]
+            return split, (given | held_out)[split], note
+    if split == "all":
+        items = tuple(item for part in given.values() for item in part)
+        seen = bool(held_out) or "train" in given
+        return split, items, ["Training images are among these."] if seen else []
+    items_of = given if split in given else held_out
+    if not items_of.get(split):
+        raise DataError(
+            f"{folder.root}: has no {split}/ folder. It has: {', '.join(given)}. "
+            "Choose another --split, or `auto`."
+        )
+    notes = ["The images that the run held out of this folder, by its seed."] if items_of is held_out else []
+    return split, items_of[split], notes
+
+
+def _repeat_split(run: Run, folder: Folder) -> dict[str, tuple[Item, ...]]:
+    """The split the run made, where `folder` is what it was fitted on; else nothing."""
+    options = fit_options(run.config)
+    if options.get("data") is None or ("test" in folder.splits and "val" in folder.splits):
+        return {}
+    try:
+        if not os.path.samefile(str(options["data"]), folder.root):
+            return {}
+        data = options["data_options"]
+        splits = make_splits(
+            folder,
+            val_fraction=data["val_fraction"],
+            test_fraction=data["test_fraction"],
+            seed=options["seed"],
+        )
+    except (OSError, KeyError, TypeError, ValueError, AfdsError):  # moved data, or a config that is not ours
+        return {}
+    return {"train": splits.train, "val": splits.val} | ({"test": splits.test} if splits.test else {})
+
+
+def fit_options(config: dict[str, Any] | None) -> dict[str, Any]:
+    """The options (`FitConfig` as plain data) in a run's config.json; {} without."""
+    options = (config or {}).get("config")
+    return options if isinstance(options, dict) else {}

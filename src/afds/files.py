@@ -1,0 +1,79 @@
+"""Files of a run folder: written whole or not at all, read with suspicion."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from afds.errors import RunFolderError
+
+MAX_JSON_BYTES = 64 * 2**20  # a ResNet-152's structure.json has 0.2 MB; more than this is not ours
+
+
+def write_atomic(path: Path | str, content: bytes | str) -> None:
+    """Write `content` (text as UTF-8) so that `path` holds the old content or the new, never a half.
+
+    A temporary file in the same folder is filled, flushed to the disk and renamed over `path`.
+    Raises RunFolderError naming the file, where the folder cannot be written to.
+    """
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:  # not tempfile: its files are closed to the user's group
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or "unknown reason"
+        raise RunFolderError(
+            f"{path}: cannot be written ({reason}). Check its folder and the space."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write plain data as JSON, atomically. Raises ValueError for NaN and infinity, which are not JSON."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_bytes(path: Path | str, max_bytes: int) -> bytes:
+    """The content of a regular file of at most `max_bytes`. Raises RunFolderError naming the file."""
+    path = Path(path)
+    try:
+        if not path.is_file():  # a pipe or a device would block or never end
+            raise RunFolderError(
+                f"{path}: {'not a plain file' if path.exists() else 'missing'}. "
+                "Give a whole run folder, as `afds fit` writes it."
+            )
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read ({error.strerror}).") from error
+    if len(data) > max_bytes:
+        raise RunFolderError(f"{path}: larger than {max_bytes:,} bytes, so it is not a file that afds wrote.")
+    return data
+
+
+def read_json(path: Path | str, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Plain data from a JSON file. NaN and infinity are refused.
+
+    Raises RunFolderError naming the file: missing, no plain file, too large, not UTF-8, not JSON.
+    """
+    data = read_bytes(path, max_bytes)
+    try:
+        return json.loads(data.decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8, numbers of thousands of digits
+        reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
+        raise RunFolderError(f"{path}: not readable as JSON ({reason}).") from error
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")

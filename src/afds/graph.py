@@ -1,0 +1,238 @@
+"""The dataflow of a network: which ConvBN units it has and who feeds whom.
+
+A network is read with ``torch.fx``, never rewritten: timm's own forward stays what runs. What we need from the
+graph is small, namely the pairs (convolution, batch norm that follows it), for a depthwise convolution the
+units whose channels it carries on, and the last unit of each stage.
+
+::
+
+    conv1 -> bn1 -> act1 -> conv2 -> bn2 --+--> act2 -> ...      units: conv1, conv2, downsample.0
+       \\_ downsample.0 -> downsample.1 ____/
+
+An architecture that cannot be read, or that holds a convolution or a norm in a place where selection would be
+wrong, is refused by name. Nothing is ever left dense in silence.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from afds.errors import SourceError
+
+ADDS = (operator.add, operator.iadd, torch.add)
+MULS = (operator.mul, operator.imul, torch.mul)
+# Functions and methods under which a channel that is zero stays zero and stays in its place.
+PASS_FUNCTIONS = (
+    F.relu, F.relu6, F.silu, F.hardswish, F.gelu, F.leaky_relu, F.elu, F.dropout, F.pad, F.max_pool2d, F.avg_pool2d,
+    F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.relu, torch.flatten, torch.mean, torch.clone,
+)  # fmt: skip
+PASS_METHODS = ("mean", "flatten", "relu", "relu_", "contiguous", "clone", "view", "reshape", "amax", "squeeze", "to")
+PASS_MODULES = (
+    nn.Identity, nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+    nn.Flatten,
+)  # fmt: skip
+PASS_MODULE_NAMES = ("DropPath", "DropBlock2d", "BlurPool2d", "BlurPool", "AvgPool2dSame", "FastAdaptiveAvgPool2d",
+                     "FastAdaptiveAvgPool", "AdaptiveAvgMaxPool2d", "MaxPool2dSame")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ConvBN:
+    """One convolution and the batch norm that follows it, by their paths in the module."""
+
+    name: str  # path of the convolution: it names the unit
+    norm: str  # path of the batch norm
+    depthwise: bool
+    leaders: tuple[str, ...]  # depthwise only: the units whose channels it carries on
+
+
+class _Tracer(fx.Tracer):
+    """Convolutions, norms, selective units and timm's untraceable modules are leaves."""
+
+    def is_leaf_module(self, m: nn.Module, qualname: str) -> bool:
+        from timm.models._features_fx import get_notrace_modules
+
+        norms = nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm | nn.InstanceNorm2d
+        if getattr(m, "is_selective_unit", False) or isinstance(m, nn.Conv2d | nn.Linear | norms):
+            return True
+        if isinstance(m, tuple(get_notrace_modules())) or type(m).__name__ in PASS_MODULE_NAMES:
+            return True
+        return super().is_leaf_module(m, qualname)
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """Read the dataflow of ``model`` (plain or with selection in it); shares its modules.
+
+    Raises:
+        SourceError: the forward cannot be traced.
+    """
+    try:
+        graph = _Tracer(autowrap_functions=_autowrap()).trace(model)
+    except Exception as error:  # fx raises many kinds
+        raise SourceError(
+            f"{type(model).__name__}: its forward cannot be read as a graph ({error}). "
+            "Supported are timm's ConvNets made of conv + batch norm: ResNet, VGG-BN, RegNet, MobileNet, EfficientNet."
+        ) from error
+    return fx.GraphModule(model, graph)
+
+
+def _autowrap() -> tuple[Any, ...]:
+    from timm.models._features_fx import get_notrace_functions
+
+    return tuple(get_notrace_functions())
+
+
+def zero_stays_zero(module: nn.Module) -> bool:
+    """Whether a parameterless elementwise module maps 0 to 0, found by asking it."""
+    if any(True for _ in module.parameters()):
+        return False
+    with torch.no_grad():
+        try:
+            out = module(torch.zeros(1, 2, 2, 2))
+        except Exception:
+            return False
+    return isinstance(out, torch.Tensor) and out.shape == (1, 2, 2, 2) and bool((out == 0).all())
+
+
+def passes_channels(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node keeps every channel in its place and a zero channel zero."""
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        return (
+            isinstance(module, PASS_MODULES) or type(module).__name__ in PASS_MODULE_NAMES or zero_stays_zero(module)
+        )
+    if node.op == "call_function":
+        return node.target in PASS_FUNCTIONS
+    return node.op == "call_method" and node.target in PASS_METHODS
+
+
+def is_sigmoid(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node is the squashing function of a channel attention (SE), in any of its spellings."""
+    if node.op == "call_module":
+        return type(gm.get_submodule(str(node.target))).__name__ in ("Sigmoid", "HardSigmoid", "Hardsigmoid")
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name in ("sigmoid", "hard_sigmoid", "hardsigmoid", "sigmoid_")
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    return [arg for arg in node.args if isinstance(arg, fx.Node)]
+
+
+def is_depthwise(conv: nn.Conv2d) -> bool:
+    return conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
+
+
+def convbn_units(model: nn.Module) -> list[ConvBN]:
+    """All ConvBN units of a plain network, in the order in which they run.
+
+    Raises:
+        SourceError: no unit at all, a shared convolution, a batch norm that does not follow a convolution, or a
+            normalisation that is not batch norm.
+    """
+    gm = trace(model)
+    pairs: dict[str, str] = {}
+    nodes: dict[str, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node.op != "call_module":
+            continue
+        module = gm.get_submodule(node.target)
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.InstanceNorm2d):
+            raise SourceError(f"{type(model).__name__}: {node.target} is a {type(module).__name__}; afds selects "
+                              "channels where a batch norm follows a convolution. Choose a BN variant.")  # fmt: skip
+        if not isinstance(module, nn.BatchNorm2d):
+            continue
+        before = tensor_inputs(node)[0]
+        conv = gm.get_submodule(str(before.target)) if before.op == "call_module" else None
+        if not isinstance(conv, nn.Conv2d) or len(before.users) != 1:
+            raise SourceError(f"{type(model).__name__}: the batch norm {node.target} does not directly follow a "
+                              "convolution of its own (pre-activation and densely connected networks do this). "
+                              "afds cannot select there.")  # fmt: skip
+        if before.target in pairs:
+            raise SourceError(f"{type(model).__name__}: the convolution {before.target} is used twice.")
+        if not module.affine or not module.track_running_stats:
+            raise SourceError(f"{type(model).__name__}: the batch norm {node.target} has no affine part or no "
+                              "running statistics.")  # fmt: skip
+        pairs[str(before.target)] = str(node.target)
+        nodes[str(before.target)] = before
+    if not pairs:
+        raise SourceError(f"{type(model).__name__}: no convolution followed by a batch norm was found in it. "
+                          "afds needs a BN ConvNet, such as resnet50, vgg16_bn or mobilenetv2_100.")  # fmt: skip
+    owner = {norm: name for name, norm in pairs.items()}
+    units = []
+    for name, norm in pairs.items():
+        conv = gm.get_submodule(name)
+        assert isinstance(conv, nn.Conv2d)
+        depthwise = is_depthwise(conv)
+        leaders = _leaders(gm, tensor_inputs(nodes[name])[0], owner) if depthwise else ()
+        units.append(ConvBN(name, norm, depthwise and bool(leaders), leaders))
+    return units
+
+
+def _leaders(gm: fx.GraphModule, node: fx.Node, owner: dict[str, str]) -> tuple[str, ...]:
+    """The units whose channels arrive at ``node``; empty when they cannot all be told."""
+    if node.op == "call_module" and node.target in owner:
+        return (owner[str(node.target)],)
+    if (node.op == "call_function" and node.target in ADDS) or passes_channels(gm, node):
+        found = [_leaders(gm, arg, owner) for arg in tensor_inputs(node)]
+        return tuple(dict.fromkeys(n for names in found for n in names)) if found and all(found) else ()
+    return ()
+
+
+def _units_in_order(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            module = gm.get_submodule(node.target)
+            if getattr(module, "is_selective_unit", False) or isinstance(module, nn.Conv2d):
+                yield node
+
+
+def stage_ends(model: nn.Module, units: list[str]) -> list[str]:
+    """The last unit of the last block of each stage: where AFD compares features (METHOD, AFD).
+
+    A stage is what timm's ``feature_info`` calls one; the stem (no block) is left out, and where a stage ends in
+    a residual addition its main branch counts, not its shortcut.
+
+    Raises:
+        SourceError: the model has no ``feature_info``.
+    """
+    info = getattr(model, "feature_info", None)
+    entries = list(getattr(info, "info", info) or [])
+    if not entries:
+        raise SourceError(f"{type(model).__name__} does not say where its stages are (no feature_info).")
+    gm = trace(model)
+    order = list(gm.graph.nodes)
+    depth: dict[fx.Node, int] = {}
+    last: dict[fx.Node, str | None] = {}  # the deepest unit up to here
+    for node in order:
+        inputs = [n for n in node.all_input_nodes if n in depth]
+        deepest = max(inputs, key=lambda n: depth[n], default=None)
+        depth[node] = depth[deepest] if deepest is not None else 0
+        last[node] = last[deepest] if deepest is not None else None
+        if node.op == "call_module" and node.target in units:
+            depth[node] += 1
+            last[node] = str(node.target)
+    ends: list[str] = []
+    modules = [entry["module"] for entry in entries]
+    # Where stages are modules that hold their units, an entry that holds none is the stem's activation; in VGG,
+    # where every entry is a pooling layer, all of them end stages.
+    holding = [m for m in modules if any(unit.startswith(m + ".") for unit in units)]
+    for module in holding or modules:
+        inside = [n for n in order if _owner_path(n, gm).startswith((module + ".", module + "\0"))]
+        end = last[inside[-1]] if inside else None
+        if end is not None and end != units[0] and end not in ends:
+            ends.append(end)
+    return ends
+
+
+def _owner_path(node: fx.Node, gm: fx.GraphModule) -> str:
+    """Path of the module in which the node runs, closed with NUL so that prefixes compare whole names."""
+    if node.op == "call_module":
+        return str(node.target) + "\0"
+    stack = node.meta.get("nn_module_stack")
+    return (str(next(reversed(stack.values()))[0]) if stack else "") + "\0"

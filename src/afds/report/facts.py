@@ -1,0 +1,127 @@
+"""What the files of a run folder say, read with suspicion: any of it may be missing, damaged or hostile."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from afds.errors import RunFolderError
+from afds.files import read_bytes, read_json
+
+MAX_METRICS_BYTES = 256 * 2**20  # a line has 0.3 kB; a day of training writes some ten thousand
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the table: its cost, and what is kept where it selects."""
+
+    name: str
+    cost: dict[str, float]
+    """What is known of `dense conv predictor scaling active_in active_out channels_in channels_out`."""
+    unit: dict[str, Any]
+
+    @property
+    def counted(self) -> float:
+        """MACs per image, the predictor's included."""
+        return sum(self.cost.get(part, 0.0) for part in ("conv", "predictor", "scaling"))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The files as plain data, empty where they are missing."""
+
+    name: str
+    config: dict[str, Any]
+    structure: dict[str, Any]
+    labels: list[str]
+    lines: list[dict[str, Any]]
+
+    @property
+    def empty(self) -> bool:
+        return not (self.config or self.structure or self.lines)
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """The metrics' lines of one kind, in order."""
+        return [line for line in self.lines if line.get("kind") == kind]
+
+    @property
+    def final(self) -> dict[str, Any]:
+        """The line that ends a run; empty where it has not ended."""
+        return next(reversed(self.of_kind("final")), {})
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return sub(self.config, "config")
+
+    @property
+    def layers(self) -> list[Layer]:
+        units, costs = sub(self.structure, "units"), sub(sub(self.structure, "cost"), "layers")
+        names = list(costs) or list(units)
+        return [Layer(name, dict(_numbers(sub(costs, name))), sub(units, name)) for name in names]
+
+    def total(self, key: str) -> float | None:
+        """`dense_macs`, `counted_macs` or `ratio`, of the final line or of the structure."""
+        value = number(self.final.get(key))
+        return value if value is not None else number(sub(self.structure, "cost").get(key))
+
+
+def read_facts(run: Path) -> Facts:
+    """All that is readable in the folder `run`."""
+    labels = _json(run / "labels.json")
+    config, structure = _json(run / "config.json"), _json(run / "structure.json")
+    return Facts(
+        name=run.resolve().name,
+        config=config if isinstance(config, dict) else {},
+        structure=structure if isinstance(structure, dict) else {},
+        labels=[str(name) for name in labels] if isinstance(labels, list) else [],
+        lines=list(_lines(run / "metrics.jsonl")),
+    )
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for anything else that a file may hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number beyond any float
+        return None
+
+
+def sub(value: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object under `key`; an empty one where there is none."""
+    found = value.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for key, value in values.items():
+        found = number(value)
+        if found is not None:
+            yield key, found
+
+
+def _json(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except RunFolderError:
+        return None
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The readable lines; the last one of a killed run may be cut short."""
+    try:
+        text = read_bytes(path, MAX_METRICS_BYTES).decode(errors="replace")
+    except RunFolderError:
+        return
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            yield value

@@ -1,0 +1,240 @@
+"""The curves, as SVG that lies in the page: drawn by matplotlib, coloured by the page's style sheet.
+
+Colours are placeholders while matplotlib draws and CSS variables in the page, so that one drawing serves
+light, dark and print. Text stays text, in the page's font.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from afds.report.facts import Facts, Layer, number, sub
+
+# Placeholder -> CSS variable. Nothing else in a drawing has these values.
+_COLOURS = {"#010101": "--ink", "#020202": "--muted", "#030303": "--line", "#040404": "--a", "#050505": "--b",
+            "#060606": "--c", "#070707": "--d", "#080808": "--ghost"}  # fmt: skip
+_INK, _MUTED, _LINE, _A, _B, _C, _D, _GHOST = _COLOURS
+_SERIES = (_A, _B, _C, _D, _INK, _MUTED)
+_WIDTH, _DPI = 4.6, 100  # inches, pixels an inch: 460 px, so that text keeps its size on a phone
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none", "font.size": 8.5, "axes.edgecolor": _LINE, "axes.labelcolor": _MUTED,
+    "text.color": _INK, "xtick.color": _MUTED, "ytick.color": _MUTED, "axes.grid": True, "grid.color": _LINE,
+    "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
+    "xtick.major.size": 0, "ytick.major.size": 0, "lines.linewidth": 1.6, "legend.frameon": False,
+    "axes.axisbelow": True, "text.parse_math": False, "path.simplify": True,
+}  # fmt: skip
+
+Point = tuple[float, float]
+
+
+def loss_figure(facts: Facts) -> str:
+    """Terms of the training loss against epochs, weighted as they were summed."""
+    weights = {"ce": 1.0, "afd": _weight(facts, "afd"), "kd": _weight(facts, "logits")}
+    names = {"loss": "total", "ce": "cross-entropy", "afd": "features (AFD)", "kd": "logits (KD)"}
+    series = {}
+    for term, label in names.items():
+        weight = weights.get(term, 1.0)
+        points = [(x, y * weight) for x, y in _per_epoch(facts, f"train_{term}")]
+        if weight and any(y for _, y in points):
+            series[label] = points
+    if len(series) == 2 and series.get("total") == series.get("cross-entropy"):
+        del series["total"]
+
+    def draw(figure: Figure) -> None:
+        ax = figure.subplots()
+        for colour, (label, points) in zip((_INK, _A, _B, _C), series.items(), strict=False):
+            ax.plot(*_xy(points), color=colour, label=label)
+        ax.set_ylim(bottom=0)
+        _finish(ax, facts, legend=len(series) > 1)
+
+    return _svg(draw, 2.5, "Training loss by epoch") if series else ""
+
+
+def accuracy_figure(facts: Facts) -> str:
+    """Validation accuracy above, mean density below, against epochs."""
+    accuracy, density = _per_epoch(facts, "val_top1"), _per_epoch(facts, "density_mean")
+    if not accuracy:
+        return ""
+
+    def draw(figure: Figure) -> None:
+        two = figure.subplots(
+            2 if density else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 2][: 1 + bool(density)]
+        )
+        above = two[0, 0]
+        above.plot(*_xy(accuracy), color=_A)
+        above.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
+        _title(above, "validation accuracy")
+        if density:
+            below = two[1, 0]
+            below.plot(*_xy(density), color=_B, drawstyle="steps-post")
+            below.set_ylim(0, 1.05)
+            _title(below, "mean density d")
+            _finish(below, facts)
+        else:
+            _finish(above, facts)
+        _shade(above, facts)
+
+    return _svg(draw, 3.1, "Validation accuracy and density by epoch")
+
+
+def entropy_figure(facts: Facts) -> str:
+    """AFD's attention: entropy of rho per stage, as a share of the largest possible where that is known."""
+    found: dict[str, list[Point]] = defaultdict(list)
+    for line in facts.of_kind("step"):
+        x = _epoch_of(line, facts)
+        for name, value in sub(line, "entropy").items():
+            y = number(value)
+            if x is not None and y is not None:
+                found[name].append((x, y))
+    if not found:
+        return ""
+    units = sub(facts.structure, "units")
+    channels = {name: number(sub(units, name).get("channels")) for name in found}
+    relative = all(count is not None and count > 1 for count in channels.values())
+
+    def draw(figure: Figure) -> None:
+        ax = figure.subplots()
+        for colour, (name, points) in zip(_SERIES, found.items(), strict=False):
+            scale = 1 / math.log(channels[name] or 1) if relative else 1.0
+            ax.plot(*_xy(_thinned([(x, y * scale) for x, y in points])), color=colour, label=_short(name))
+        if relative:
+            ax.set_ylim(0, 1.05)
+        else:
+            ax.set_ylim(bottom=0)
+        _title(ax, "entropy of rho / log C" if relative else "entropy of rho, nats")
+        _finish(ax, facts, legend=True)
+
+    return _svg(draw, 2.5, "Entropy of AFD's attention by stage of the network")
+
+
+def layers_figure(layers: Sequence[Layer]) -> str:
+    """MACs of each layer in the order in which they run: dense behind, counted before it."""
+    layers = [layer for layer in layers if layer.cost.get("dense")]
+    if not layers:
+        return ""
+    x = range(1, len(layers) + 1)
+    unit, name = (1e6, "M") if max(layer.cost["dense"] for layer in layers) >= 1e6 else (1e3, "k")
+
+    def draw(figure: Figure) -> None:
+        ax = figure.subplots()
+        ax.bar(x, [layer.cost["dense"] / unit for layer in layers], 0.86, color=_GHOST, label="dense")
+        base = [0.0] * len(layers)
+        for part, colour, label in (
+            ("conv", _A, "computed"),
+            ("predictor", _B, "predictor"),
+            ("scaling", _C, "scaling"),
+        ):
+            heights = [layer.cost.get(part, 0.0) / unit for layer in layers]
+            if any(heights):
+                ax.bar(x, heights, 0.86, bottom=base, color=colour, label=label)
+            base = [a + b for a, b in zip(base, heights, strict=True)]
+        ax.grid(False, axis="x")
+        ax.set_xlim(0.3, len(layers) + 0.7)
+        ax.set_xlabel("layer, in the order of the table")
+        _title(ax, f"{name} MACs per image")
+        ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        _legend(ax)
+
+    return _svg(draw, 2.9, "MACs of each layer, dense and counted", width=9.4)
+
+
+def _weight(facts: Facts, name: str) -> float:
+    value = number(sub(facts.options, "distillation").get(name))
+    return 1.0 if value is None else value
+
+
+def _per_epoch(facts: Facts, key: str) -> list[Point]:
+    """(epochs done, value) of the epoch lines."""
+    points = []
+    for line in facts.of_kind("epoch"):
+        epoch, value = number(line.get("epoch")), number(line.get(key))
+        if epoch is not None and value is not None:
+            points.append((epoch + 1, value))
+    return points
+
+
+def _epoch_of(line: dict[str, Any], facts: Facts) -> float | None:
+    """Epochs done at a step."""
+    step, each = number(line.get("step")), number(sub(facts.config, "resolved").get("steps_per_epoch"))
+    if step is not None and each:
+        return step / each
+    return number(line.get("epoch"))
+
+
+def _thinned(points: list[Point], limit: int = 200) -> list[Point]:
+    """At most `limit` points, each the mean of its neighbours: a long run need not make a large page."""
+    size = math.ceil(len(points) / limit)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def _xy(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _finish(ax: Axes, facts: Facts, *, legend: bool = False) -> None:
+    ax.set_xlabel("epoch")
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    _shade(ax, facts)
+    if legend:
+        _legend(ax)
+
+
+def _legend(ax: Axes) -> None:
+    """Above the drawing, where it covers nothing."""
+    handles = ax.get_legend_handles_labels()[0]
+    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=min(len(handles), 4), handlelength=1.1,
+              columnspacing=1.1, borderaxespad=0.2, handletextpad=0.5)  # fmt: skip
+
+
+def _title(ax: Axes, text: str) -> None:
+    ax.set_title(text, loc="left", fontsize=8.5, color=_MUTED)
+
+
+def _shade(ax: Axes, facts: Facts) -> None:
+    """The epochs in which the density falls."""
+    fall = [number(line.get("epoch")) for line in facts.of_kind("epoch") if line.get("phase") == "descent"]
+    epochs = [epoch for epoch in fall if epoch is not None]
+    if epochs:
+        ax.axvspan(min(epochs), max(epochs) + 1, color=_LINE, alpha=0.45, linewidth=0)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else "..." + name[-21:]
+
+
+def _svg(draw: Any, height: float, title: str, width: float = _WIDTH) -> str:
+    """The drawing as an <svg> element that fits into an HTML page."""
+    with rc_context({**_STYLE, "svg.hashsalt": title}):
+        figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+        draw(figure)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.S)
+    svg = (
+        re.sub(r'\s(xmlns(:xlink)?|version|width|height)="[^"]*"', "", svg[: svg.index(">")])
+        + svg[svg.index(">") :]
+    )
+    prefix = re.sub(r"\W+", "", title)
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = svg.replace('href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-")
+    for colour, variable in _COLOURS.items():
+        svg = svg.replace(colour, f"var({variable})")
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--font)", svg)
+    head = f'<svg role="img" aria-label="{escape(title)}" class="{"wide" if width > _WIDTH else "plot"}"'
+    return head + svg[len("<svg") :]

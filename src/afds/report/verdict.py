@@ -1,0 +1,88 @@
+"""What the figures mean, in plain sentences, the bad news included."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from afds.report.facts import Facts, number, sub
+
+WORTH_IT = 1.1  # fewer MACs than this many times: nothing that a user would notice
+NO_TEST = (
+    "There was no test split: choices were made on the validation images, so their accuracy is flattered."
+)
+NOT_TIME = (
+    "MACs are counted, not timed: time falls only where a runtime skips the channels that were not chosen."
+)
+
+Sentence = tuple[str, str]  # `good`, `bad` or `plain`; the sentence
+
+
+def verdict(facts: Facts) -> list[Sentence]:
+    """Whether it was worth it, from the files alone."""
+    if not facts.final:
+        done = len(facts.of_kind("epoch"))
+        state = f"after {done} epochs" if done else "before the end of its first epoch"
+        return [("bad", f"This run has not ended; the page was drawn {state}. There is no final figure.")]
+    sentences = [*_saving(facts), *_accuracy(facts)]
+    if number(sub(facts.final, "test").get("top1")) is None:
+        sentences.append(("plain", NO_TEST))
+    if (facts.total("ratio") or 0) >= WORTH_IT:
+        sentences.append(("plain", NOT_TIME))
+    return sentences
+
+
+def _saving(facts: Facts) -> list[Sentence]:
+    ratio, asked = facts.total("ratio"), _asked(facts)
+    if ratio is None or not sub(facts.structure, "units"):
+        return []  # a dense run: nothing was to be saved
+    if ratio < 1 and (asked is None or asked > 1):
+        more = f"with its predictors it computes {1 / ratio:.2f} times the MACs of the dense network."
+        return [("bad", f"Not worth it: {more}")]
+    if asked is not None and asked <= 1:
+        return []
+    if ratio < WORTH_IT:
+        return [("bad", f"Not worth it: {ratio:.2f} times fewer MACs than dense is next to nothing.")]
+    if asked is not None and ratio < asked * 0.995:
+        return [("bad", f"The budget of {asked:g}x was not met.")]
+    return []
+
+
+def _asked(facts: Facts) -> float | None:
+    """The ratio that the budget asked for; None for a budget in MACs."""
+    found = re.fullmatch(r"\s*(\d{1,4}(?:\.\d{1,6})?)\s*x\s*", str(facts.final.get("budget", "")))
+    return float(found.group(1)) if found else None
+
+
+def _accuracy(facts: Facts) -> list[Sentence]:
+    """Against the dense reference where one is recorded, else against the end of the epochs at d = 1."""
+    final = facts.final
+    for split, name in (("test", "test"), ("val", "validation")):
+        ours, reference = sub(final, split), sub(sub(final, "reference"), split)
+        top1, dense = number(ours.get("top1")), number(reference.get("top1"))
+        if top1 is not None and dense is not None:
+            return [
+                _compare(top1, dense, number(ours.get("images")), name, "the dense network, trained alike")
+            ]
+    epochs, val = facts.of_kind("epoch"), sub(final, "val")
+    warm = [number(line.get("val_top1")) for line in epochs if line.get("phase") == "warm"]
+    fell = any(line.get("phase") in ("descent", "final") for line in epochs)
+    before, top1 = warm[-1] if warm else None, number(val.get("top1"))
+    if before is None or top1 is None or not fell:
+        return []
+    what = "this network with all channels, before its density fell"
+    return [_compare(top1, before, number(val.get("images")), "validation", what)]
+
+
+def _compare(ours: float, other: float, images: float | None, split: str, what: str) -> Sentence:
+    """One sentence on a difference, and whether so few images can show it."""
+    lost = 100 * (other - ours)
+    spread = max(0.0, ours * (1 - ours) + other * (1 - other))
+    noise = 196 * math.sqrt(spread / images) if images else 0.0  # points, two independent sets of images
+    told = f"{100 * ours:.1f} % on the {split} images, against {100 * other:.1f} % of {what}"
+    if lost < 0.05:
+        return "good", f"No accuracy was lost: {told}."
+    if lost <= noise:
+        chance = f"So few images cannot tell that from chance (\u00b1 {noise:.1f} points)."
+        return "plain", f"{lost:.1f} points were lost: {told}. {chance}"
+    return "bad", f"Selection lost {lost:.1f} points: {told}."

@@ -1,0 +1,149 @@
+"""From a budget to densities, and how the density falls.
+
+A user states a budget; each layer needs a density. All layers' densities follow one number t in (0, 1] along an
+allocation; the counted MACs grow with t, so t is found by bisection on *measured* cost: residual unions and
+predictors depend on the images and on what the gates have learned, so no formula replaces the measurement.
+
+::
+
+    MACs  1 |=====.                      d = 1 | stages, each from the one before | final density
+            |      '--.__                cost falls geometrically: every stage removes the same share
+     budget |            '-----------
+            0    start   end         1   share of the epochs
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from afds.cost import measure_cost
+from afds.errors import BudgetError
+from afds.selection import gates, set_density
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A bound on counted MACs per image: a ratio to the dense network's, or a number."""
+
+    text: str
+    ratio: float | None = None
+    macs: float | None = None
+
+    def wanted_ratio(self, dense_macs: float) -> float:
+        """How many times fewer MACs than ``dense_macs``.
+
+        Raises:
+            BudgetError: the dense network costs less than the budget already.
+        """
+        if self.ratio is not None:
+            return self.ratio
+        assert self.macs is not None
+        if self.macs >= dense_macs:
+            raise BudgetError(f"The budget {self.text} is not below the dense network's {dense_macs / 1e9:.3f} GMACs "
+                              "at this input size: use --budget 1x, or a smaller one.")  # fmt: skip
+        return dense_macs / self.macs
+
+
+def parse_budget(text: str) -> Budget:
+    """Read `10x` (fewer MACs), `0.8G` or `800M` (MACs per image).
+
+    Raises:
+        BudgetError: anything else, or a ratio below 1.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(x|ms|[kMG])(?:MACs?)?\s*", text)
+    if not match:
+        raise BudgetError(f"Cannot read the budget {text!r}: write a ratio of MACs such as 10x, or MACs per image "
+                          "such as 0.8G or 800M.")  # fmt: skip
+    value, unit = float(match[1]), match[2]
+    if unit == "ms":
+        raise BudgetError(f"The budget {text!r} is a latency; this version takes MACs: a ratio such as 5x, or 0.8G.")
+    if unit == "x":
+        if value < 1:
+            raise BudgetError(f"The budget {text!r} asks for more than the dense network: a ratio is 1x or more.")
+        return Budget(text, ratio=value)
+    if value <= 0:
+        raise BudgetError(f"The budget {text!r} leaves nothing: give MACs above 0.")
+    return Budget(text, macs=value * {"k": 1e3, "M": 1e6, "G": 1e9}[unit])
+
+
+Allocation = Callable[[float], dict[str, float]]
+
+
+def uniform(model: nn.Module) -> Allocation:
+    """One density for all layers (the paper)."""
+    names = list(gates(model))
+    return lambda t: dict.fromkeys(names, t)
+
+
+def powered(exponents: dict[str, float]) -> Allocation:
+    """d_l = t ** e_l: an exponent below 1 spares a layer, 0 keeps it dense (ours)."""
+    return lambda t: {name: max(t**exponent, 1e-4) for name, exponent in exponents.items()}
+
+
+def solve(
+    model: nn.Module,
+    allocation: Allocation,
+    ratio: float,
+    batches: Sequence[Tensor],
+    *,
+    upper: float = 1.0,
+    steps: int = 9,
+) -> float:
+    """Set the largest densities along ``allocation`` whose counted MACs are at most dense / ``ratio``.
+
+    Args:
+        batches: images (B, 3, H, W) on which the cost is counted.
+        upper: do not look above this t: the density only falls.
+        steps: halvings of the interval of log t.
+    Returns:
+        t; the model's densities are set accordingly.
+    Raises:
+        BudgetError: one channel in every layer still costs more.
+    """
+
+    def reaches(t: float) -> bool:
+        set_density(model, allocation(t))
+        return measure_cost(model, batches).ratio >= ratio
+
+    if reaches(upper):
+        return upper
+    low, high = 1e-3, upper
+    if not reaches(low):
+        cost = measure_cost(model, batches)
+        raise BudgetError(f"A budget of {ratio:.4g}x cannot be reached: with one channel in every layer this network "
+                          f"is {cost.ratio:.4g}x cheaper ({cost.counted / 1e6:.1f} M of {cost.dense / 1e6:.1f} M MACs). "
+                          "Ask for less, or take a network with a smaller head.")  # fmt: skip
+    for _ in range(steps):
+        middle = (low * high) ** 0.5
+        if reaches(middle):
+            low = middle
+        else:
+            high = middle
+    set_density(model, allocation(low))
+    return low
+
+
+@dataclass(frozen=True)
+class Descent:
+    """When the density falls, in optimisation steps, and to what cost."""
+
+    warm_end: int  # first step below d = 1
+    stage_steps: tuple[int, ...]  # before each of these steps one stage is taken
+    ratio: float  # where it ends
+
+    def target(self, stage: int, start_ratio: float = 1.0) -> float:
+        """Ratio of MACs after stage 0, 1, ...: geometric from ``start_ratio`` to the budget's."""
+        share = (stage + 1) / len(self.stage_steps)
+        return start_ratio ** (1 - share) * self.ratio**share
+
+
+def plan_descent(total_steps: int, start: float, end: float, stages: int, ratio: float) -> Descent:
+    """Spread the stages evenly over the steps between the shares ``start`` and ``end`` of the training."""
+    first, last = round(start * total_steps), round(end * total_steps)
+    stages = max(1, min(stages, last - first))
+    steps = tuple(first + (last - first) * i // stages for i in range(stages))
+    return Descent(first, steps, ratio)

@@ -1,0 +1,306 @@
+"""The training loop: one network, one loss, from the pretrained start to the final density.
+
+::
+
+    epoch 0 ........ d = 1 ........ | descent: d falls by stages | final density ........ last epoch
+                                    ^ snapshot: the teacher from here on (ours; the paper keeps the source)
+
+Each step: loss = CE + lambda AFD + mu KD. Before a stage's first step the masks are updated on training images
+and the densities are solved for on validation images. After each epoch: validation accuracy and counted MACs, a
+checkpoint that replaces the last one atomically. The order of images, augmentation and everything random in epoch
+e depend only on (seed, e), so a resumed run ends where the unbroken one would have.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from afds.checkpoint import load_checkpoint, save_checkpoint
+from afds.config import FitConfig, OptimConfig
+from afds.cost import has_selection
+from afds.data import TimedLoader, set_epoch
+from afds.distillation import AttentiveDistillation, FrozenNetwork, l2_sp, logit_distillation, tap, tap_points
+from afds.evaluation import Metrics, evaluate
+from afds.masks import mask_counts, update_masks
+from afds.record import Record
+from afds.schedule import Allocation, Descent, solve
+from afds.selection import Predictor, densities, set_density
+
+
+class Task(nn.Module):
+    """The target network and what else learns with it, in one module, as data parallelism wants it."""
+
+    def __init__(self, network: nn.Module, afd: AttentiveDistillation | None, config: FitConfig) -> None:
+        super().__init__()
+        self.network = network
+        self.afd = afd
+        self.config = config
+        self.points = tap_points(network, afd.names) if afd is not None else {}
+        self.start: dict[str, Tensor] | None = None  # weights that l2-sp stays near, by name
+
+    def forward(
+        self, x_BCHW: Tensor, y_B: Tensor, teacher: tuple[Tensor | None, dict[str, Tensor]] | None
+    ) -> dict[str, Any]:
+        """The terms of the loss, unweighted, their weighted sum `loss`, and rho's `entropy`."""
+        c = self.config
+        with tap(self.network, self.points if teacher is not None else {}) as features:
+            logits_BK = self.network(x_BCHW)
+        out: dict[str, Any] = {"entropy": {}}
+        out["ce"] = F.cross_entropy(logits_BK.float(), y_B, label_smoothing=c.optim.label_smoothing)
+        out["correct"] = (logits_BK.detach().argmax(1) == y_B).float().mean()
+        out["loss"] = out["ce"]
+        if self.afd is not None and teacher is not None:
+            out["afd"], out["entropy"] = self.afd(features, teacher[1])
+            out["loss"] = out["loss"] + c.distillation.afd * out["afd"]
+        if teacher is not None and teacher[0] is not None and c.distillation.logits > 0:
+            out["kd"] = logit_distillation(logits_BK, teacher[0], c.distillation.temperature)
+            out["loss"] = out["loss"] + c.distillation.logits * out["kd"]
+        if self.start is not None:
+            out["l2_sp"] = l2_sp(self.network, self.start)
+            out["loss"] = out["loss"] + c.optim.weight_decay * out["l2_sp"]
+        return out
+
+
+def parameter_groups(task: Task, optim: OptimConfig, *, decay: bool = True) -> list[dict[str, Any]]:
+    """Weights, predictors' weights (own rate), and scales, biases and norms (no decay), in a stable order."""
+    predictors = {
+        id(p) for m in task.modules() if isinstance(m, Predictor) for n, p in m.named_parameters() if n != "bias"
+    }
+    weights, predicting, rest = [], [], []
+    for p in task.parameters():
+        if id(p) in predictors:
+            predicting.append(p)
+        elif p.ndim > 1:
+            weights.append(p)
+        else:
+            rest.append(p)
+    wd = optim.weight_decay if decay else 0.0
+    groups = [
+        {"params": weights, "weight_decay": wd, "multiple": 1.0},
+        {"params": predicting, "weight_decay": optim.weight_decay, "multiple": optim.predictor_lr},
+        {"params": rest, "weight_decay": 0.0, "multiple": 1.0},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
+    """Rate of a step: warm-up over the first 5 %, then cosine to 0, or times 0.1 after 67 %."""
+    warm = max(1, round(0.05 * total))
+    rise = min(1.0, (step + 1) / warm)
+    if optim.schedule == "step":
+        return optim.lr * rise * (0.1 if step >= 0.67 * total else 1.0)
+    return optim.lr * rise * 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, total - warm)))
+
+
+@dataclass
+class Plan:
+    """What a run trains with, all checked and built."""
+
+    config: FitConfig
+    task: Task
+    train_loader: Iterable[Any]
+    val_loader: Iterable[Any]
+    probe: list[Tensor]  # validation images on which cost is counted
+    mask_images: list[Tensor]  # training images on which masks are updated
+    num_classes: int
+    epochs: int
+    steps_per_epoch: int
+    source: FrozenNetwork | None  # the pretrained network, for AFD
+    descent: Descent | None
+    allocation: Allocation | None
+    features: Sequence[str]
+
+
+def train(
+    fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Callable[[dict[str, Any]], None]
+) -> Metrics:
+    """Run, or go on with, the training of ``plan``; returns the validation metrics of the end."""
+    c, task = plan.config, plan.task
+    optimizer = torch.optim.SGD(
+        parameter_groups(task, c.optim, decay=task.start is None),
+        lr=c.optim.lr, momentum=c.optim.momentum, nesterov=c.optim.momentum > 0,
+    )  # fmt: skip
+    wrapped, optimizer = fabric.setup(task, optimizer)
+    state = _State(task, optimizer, plan)
+    if (out / "last.ckpt").exists():
+        state.load(load_checkpoint(out / "last.ckpt"), fabric.device)
+        record.rewind(state.epoch)
+    metrics: Metrics | None = None
+    timed = TimedLoader(plan.train_loader)
+    for epoch in range(state.epoch, plan.epochs):
+        torch.manual_seed(c.seed * 100_003 + epoch)
+        set_epoch(plan.train_loader, epoch)
+        timed.reset()
+        started, sums, images, step = time.perf_counter(), _Sums(), 0, epoch * plan.steps_per_epoch
+        task.train()
+        for x_BCHW, y_B in timed:
+            _stages(fabric, plan, state, step, record, epoch)
+            x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+            rate = learning_rate(step, plan.epochs * plan.steps_per_epoch, c.optim)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["multiple"]
+            losses = wrapped(x_BCHW, y_B, state.teach(x_BCHW, fabric))
+            if not torch.isfinite(losses["loss"]):
+                raise FloatingPointError(
+                    f"The loss is {float(losses['loss'])} at step {step} (epoch {epoch + 1}). "
+                    f"The last checkpoint is intact: try again with a lower --optim.lr than {c.optim.lr}."
+                )
+            fabric.backward(losses["loss"])
+            if c.optim.clip > 0:
+                fabric.clip_gradients(wrapped, optimizer, max_norm=c.optim.clip, error_if_nonfinite=False)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            images += len(y_B) * fabric.world_size
+            sums.add(losses)
+            step += 1
+            progress({"epoch": epoch, "epochs": plan.epochs, "step": step, "steps": plan.epochs * plan.steps_per_epoch,
+                      "loss": sums.last, "images": len(y_B) * fabric.world_size,
+                      "wait_share": timed.wait_share})  # fmt: skip
+            if step % 10 == 0:
+                record.write("step", epoch=epoch, step=step, lr=rate, wait_share=round(timed.wait_share, 4),
+                             images_per_s=images / (time.perf_counter() - started), **sums.recent())  # fmt: skip
+        seconds = time.perf_counter() - started
+        metrics = evaluate(task.network, plan.val_loader, plan.num_classes, count_macs=True)
+        state.epoch = epoch + 1
+        record.write("epoch", epoch=epoch, phase=_phase(plan, step), seconds=seconds,
+                     images_per_s=images / seconds, wait_share=round(timed.wait_share, 4), **sums.means(),
+                     val_top1=metrics.top1, val_ce=metrics.cross_entropy,
+                     ratio=metrics.cost.ratio if metrics.cost else 1.0, density_mean=_mean_density(task.network))  # fmt: skip
+        progress({"epoch_done": epoch, "epochs": plan.epochs, "val_top1": metrics.top1, "train": sums.means(),
+                  "ratio": metrics.cost.ratio if metrics.cost else 1.0, "seconds": seconds,
+                  "images_per_s": images / seconds, "wait_share": timed.wait_share, "phase": _phase(plan, step)})  # fmt: skip
+        if fabric.is_global_zero:
+            save_checkpoint(out / "last.ckpt", state.dump())
+        fabric.barrier()
+    if metrics is None:  # resumed after the last epoch
+        metrics = evaluate(task.network, plan.val_loader, plan.num_classes, count_macs=True)
+    return metrics
+
+
+class _State:
+    """All that changes while training, and nothing else: what a checkpoint holds."""
+
+    def __init__(self, task: Task, optimizer: Any, plan: Plan) -> None:
+        self.task, self.optimizer, self.plan = task, optimizer, plan
+        self.epoch = 0
+        self.stage = 0
+        self.t = 1.0
+        self.snapshot: FrozenNetwork | None = None
+
+    def teach(self, x_BCHW: Tensor, fabric: Fabric) -> tuple[Tensor | None, dict[str, Tensor]] | None:
+        """What the teacher says: the snapshot's logits and features, or the source's features."""
+        if self.snapshot is not None:
+            with fabric.autocast():
+                return self.snapshot(x_BCHW)
+        if self.plan.source is not None:
+            with fabric.autocast():
+                return None, self.plan.source(x_BCHW)[1]
+        return None
+
+    def take_snapshot(self) -> None:
+        self.snapshot = FrozenNetwork(self.task.network, self.plan.features)
+
+    def dump(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch, "stage": self.stage, "t": self.t, "task": self.task.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "densities": densities(self.task.network),
+            "snapshot": self.snapshot.network.state_dict() if self.snapshot else None,
+        }  # fmt: skip
+
+    def load(self, saved: dict[str, Any], device: torch.device) -> None:
+        self.epoch, self.stage, self.t = saved["epoch"], saved["stage"], saved["t"]
+        self.task.load_state_dict(saved["task"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if saved["snapshot"] is not None:
+            self.take_snapshot()  # at the density that the network still has here: 1
+            assert self.snapshot is not None
+            self.snapshot.network.load_state_dict(saved["snapshot"])
+            self.snapshot.to(device)
+        if saved["densities"]:
+            set_density(self.task.network, saved["densities"])
+
+
+def _stages(fabric: Fabric, plan: Plan, state: _State, step: int, record: Record, epoch: int) -> None:
+    """Before a step: the snapshot at the end of d = 1, and the stages of the descent that are due."""
+    descent, network = plan.descent, state.task.network
+    if descent is None:
+        return
+    if step == descent.warm_end and state.snapshot is None and plan.config.distillation.snapshot:
+        state.take_snapshot()
+    while state.stage < len(descent.stage_steps) and step >= descent.stage_steps[state.stage]:
+        assert plan.allocation is not None
+        d = plan.config.descent
+        thresholds = update_masks(network, plan.mask_images, static_quantile=d.static_quantile,
+                                  prune_quantile=d.prune_quantile) if state.stage else {}  # fmt: skip
+        target = descent.target(state.stage)
+        state.t = solve(network, plan.allocation, target, plan.probe, upper=1.0)
+        _agree(fabric, network)
+        record.write("stage", epoch=epoch, step=step, target_ratio=target, t=state.t,
+                     densities=densities(network), thresholds=thresholds, **mask_counts(network))  # fmt: skip
+        state.stage += 1
+        network.train()
+
+
+def _agree(fabric: Fabric, network: nn.Module) -> None:
+    """All ranks take rank 0's masks and densities: a choice near a threshold must not differ between them."""
+    if fabric.world_size == 1:
+        return
+    set_density(network, fabric.broadcast(densities(network)))
+    for buffer in network.buffers():
+        if buffer.dtype == torch.bool:
+            buffer.copy_(fabric.broadcast(buffer))
+
+
+def _phase(plan: Plan, step: int) -> str:
+    if plan.descent is None or step <= plan.descent.warm_end:
+        return "warm"
+    return "descent" if step <= plan.descent.stage_steps[-1] else "final"
+
+
+def _mean_density(network: nn.Module) -> float:
+    if not has_selection(network):
+        return 1.0
+    values = list(densities(network).values())
+    return sum(values) / len(values)
+
+
+class _Sums:
+    """Running means of the loss terms, over the epoch and over the steps since the last line."""
+
+    def __init__(self) -> None:
+        self.total: dict[str, float] = {}
+        self.window: dict[str, float] = {}
+        self.entropy: dict[str, float] = {}
+        self.steps = 0
+        self.window_steps = 0
+        self.last = math.nan
+
+    def add(self, losses: dict[str, Any]) -> None:
+        for name, value in losses.items():
+            if isinstance(value, Tensor):
+                for sums in (self.total, self.window):
+                    sums[name] = sums.get(name, 0.0) + float(value.detach())
+        self.entropy = {name: float(value) for name, value in losses["entropy"].items()}
+        self.last = float(losses["loss"].detach())
+        self.steps += 1
+        self.window_steps += 1
+
+    def recent(self) -> dict[str, Any]:
+        out: dict[str, Any] = {name: value / self.window_steps for name, value in self.window.items()}
+        if self.entropy:
+            out["entropy"] = self.entropy
+        self.window, self.window_steps = {}, 0
+        return out
+
+    def means(self) -> dict[str, float]:
+        return {f"train_{name}": value / max(1, self.steps) for name, value in self.total.items()}
