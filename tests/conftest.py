@@ -11,8 +11,9 @@ import afds  # noqa: F401  first of all: it makes torchvision, and with it timm,
 import hypothesis
 import pytest
 import torch
-from networks import FAMILIES, mobilenetv2, randomise_bn, resnet_basic, resnet_bottleneck, vgg
 from torch import nn
+
+from networks import FAMILIES, mobilenetv2, randomise_bn, resnet_basic, resnet_bottleneck, vgg
 
 hypothesis.settings.register_profile("afds", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("afds")

@@ -11,6 +11,8 @@ from timm.models.regnet import RegNet, RegNetCfg
 from timm.models.vgg import VGG
 from torch import nn
 
+from afds.selection import gates
+
 CLASSES = 5
 
 
@@ -55,12 +57,12 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def randomise_bn(model: nn.Module, seed: int = 0, *, by_bias: bool = False) -> nn.Module:
-    """Batch norms as hostile as a training may leave them: gammas of both signs and of zero, betas, statistics.
+def randomise_bn(model: nn.Module, seed: int = 0, *, zeros: float = 0.15, by_bias: bool = False) -> nn.Module:
+    """Batch norms as hostile as a training may leave them: gammas of both signs and of zero, statistics.
 
     Args:
-        by_bias: some of the channels with gamma = 0 live by their beta. (Selection keeps these at a saliency of
-            1e-6, so equality with the plain network then holds to about 1e-5 only.)
+        zeros: share of the channels with gamma = 0; their beta is 0 as well.
+        by_bias: half of these live by a beta that is not.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -72,10 +74,40 @@ def randomise_bn(model: nn.Module, seed: int = 0, *, by_bias: bool = False) -> n
             if not isinstance(module, nn.BatchNorm2d):
                 continue
             n = module.num_features
-            zero = uniform(n) < 0.15
+            zero = uniform(n) < zeros
             dead = zero if not by_bias else zero & (uniform(n) < 0.5)
             module.weight.copy_((0.2 + uniform(n)) * torch.where(uniform(n) < 0.25, -1.0, 1.0) * ~zero)
             module.bias.copy_(0.3 * torch.randn(n, generator=generator) * ~dead)
             module.running_mean.copy_(0.2 * torch.randn(n, generator=generator))
             module.running_var.copy_(0.5 + uniform(n))
+    return model
+
+
+def train_like(model: nn.Module, seed: int = 0, *, static: float = 0.3, pruned: float = 0.2) -> nn.Module:
+    """Give the gates of a selective network what a training would: weights, biases, statistics, masks.
+
+    Args:
+        static, pruned: share of the channels; at least one of each layer stays kept.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(like: torch.Tensor, std: float) -> torch.Tensor:
+        return std * torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like)
+
+    def uniform(like: torch.Tensor) -> torch.Tensor:
+        return torch.rand(like.shape, generator=generator, dtype=torch.float32)
+
+    with torch.no_grad():
+        for gate in gates(model).values():
+            predictor = gate.predictor
+            predictor.weight.copy_(normal(predictor.weight, 2.0))
+            predictor.bias.add_(normal(predictor.bias, 0.3))
+            gate.gamma.add_(normal(gate.gamma, 0.3))  # some fall below zero
+            gate.importance.copy_(0.5 + uniform(gate.importance))
+            gate.dynamic.copy_(uniform(gate.gamma) >= static)
+            gate.kept.copy_(uniform(gate.gamma) >= pruned)
+            gate.kept[0] = True
+            if predictor.standardise is not None:
+                predictor.standardise.running_mean.copy_(0.3 * uniform(predictor.standardise.running_mean))
+                predictor.standardise.running_var.copy_(0.1 + uniform(predictor.standardise.running_var))
     return model

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import timm
-from networks import FAMILIES, resnet_basic
 from torch import nn
 
 from afds.errors import SourceError
 from afds.graph import convbn_units, stage_ends
 from afds.selection import select, selective_units
+from networks import FAMILIES, resnet_basic
 
 
 def test_resnet_units_are_stem_blocks_and_shortcuts() -> None:

@@ -86,8 +86,7 @@ def check_architecture(arch: Any, arch_args: Any, num_classes: Any) -> None:
     for name, value in arch_args.items():
         if name not in _ALLOWED:
             raise SourceError(
-                f"architecture argument {_shown(name)} is not allowed. Allowed are: "
-                f"{', '.join(sorted(_ALLOWED))}."
+                f"architecture argument {_shown(name)} is not allowed. Allowed are: {', '.join(sorted(_ALLOWED))}."
             )
         wanted, allowed = _ALLOWED[name]
         if not allowed(value):

@@ -23,8 +23,14 @@ ALIASES = {"afds": "afd+afs", "afds-paper": "afd+afs", "fbs": "l2+afs"}
 # afds-paper: what is ours, and not the paper's, is off.
 PAPER: dict[str, dict[str, Any]] = {
     "selection": {"predictor": "full", "standardise": False, "importance": False, "bounded": False},
-    "distillation": {"snapshot": False, "logits": 0.0, "squared": False},
-    "descent": {"allocation": "uniform", "static_quantile": 0.05, "prune_quantile": 0.05},
+    "distillation": {"logits": 0.0, "hints": 0.0, "squared": False},
+    "descent": {
+        "allocation": "uniform",
+        "start": 0.25,
+        "end": 0.6,
+        "static_quantile": 0.05,
+        "prune_quantile": 0.05,
+    },
 }
 
 
@@ -60,7 +66,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """What keeps the target near its source while it learns."""
+    """What keeps the target near its teacher while it learns."""
 
     afd: float = 0.01
     """Weight lambda of attentive feature distillation (the paper's term)."""
@@ -68,17 +74,16 @@ class DistillationConfig:
     """Width H of the attention network phi."""
     squared: bool = False
     """Square the distance of each feature map. The published code does not."""
-    snapshot: bool = True
-    """Once d = 1 is learned, distil from a frozen copy of the network at that point (ours); off: from the source
-    all along, as in the paper."""
     logits: float = 1.0
-    """Weight of logit distillation from that snapshot (ours). 0 turns it off."""
+    """Weight of logit distillation from the fine-tuned dense network (ours). 0 turns it off."""
     temperature: float = 2.0
     """Temperature of logit distillation."""
+    hints: float = 1.0
+    """Weight of matching the output of every residual block with the fine-tuned dense network's (ours)."""
 
     def __post_init__(self) -> None:
-        _require(self.afd >= 0, "distillation.afd", self.afd, "0 or more")
-        _require(self.logits >= 0, "distillation.logits", self.logits, "0 or more")
+        for name in ("afd", "logits", "hints"):
+            _require(getattr(self, name) >= 0, f"distillation.{name}", getattr(self, name), "0 or more")
         _require(self.hidden >= 1, "distillation.hidden", self.hidden, "1 or more")
         _require(self.temperature > 0, "distillation.temperature", self.temperature, "above 0")
 
@@ -87,9 +92,9 @@ class DistillationConfig:
 class DescentConfig:
     """How the density falls from 1 to what the budget asks."""
 
-    start: float = 0.25
+    start: float = 0.05
     """Share of the epochs at d = 1."""
-    end: float = 0.6
+    end: float = 0.5
     """Share of the epochs after which the density no longer falls."""
     stages: int = 12
     """Number of steps of the fall; after each, s, gamma and m are updated on training images."""
@@ -97,18 +102,31 @@ class DescentConfig:
     """Per stage, this share of a layer's still dynamic channels, those whose saliency varies least, turns static."""
     prune_quantile: float = 0.0
     """Per stage, this share of a layer's kept channels, those of the smallest mean pi, is pruned for good."""
-    allocation: Literal["uniform", "spared"] = "uniform"
-    """`uniform`: one density for all layers (the paper). `spared`: stem and shortcuts, which cost little and carry
-    the residual stream, keep more."""
+    allocation: Literal["uniform", "stream", "importance"] = "importance"
+    """`uniform`: one density for all layers (the paper). `stream`: what writes the residual stream keeps more, the
+    layers inside of blocks less (ours). `importance`: the last channel kept in each layer is worth
+    about the same per MAC (ours)."""
+    floor: float = 0.4
+    """With `importance`: no layer falls below this share of the uniform density."""
+    reestimate: int = 64
+    """After the last step: batches of training images on which the batch norms' statistics are measured anew (ours)."""
     images: int = 64
-    """Validation images on which densities are solved for."""
+    """Validation images on which densities are solved for; three times as many training images estimate importance
+    and masks."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.start < self.end <= 1, "descent.start and descent.end", (self.start, self.end),
                  "0 <= start < end <= 1")  # fmt: skip
         _require(self.stages >= 1, "descent.stages", self.stages, "1 or more")
-        _require(0 <= self.static_quantile < 1, "descent.static-quantile", self.static_quantile, "from 0 to below 1")
+        _require(
+            0 <= self.static_quantile < 1,
+            "descent.static-quantile",
+            self.static_quantile,
+            "from 0 to below 1",
+        )
         _require(0 <= self.prune_quantile < 1, "descent.prune-quantile", self.prune_quantile, "from 0 to below 1")
+        _require(self.reestimate >= 0, "descent.reestimate", self.reestimate, "0 or more")
+        _require(0 < self.floor <= 1, "descent.floor", self.floor, "above 0 and at most 1")
         _require(self.images >= 1, "descent.images", self.images, "1 or more")
 
 
@@ -137,7 +155,12 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, "optim.epochs", self.epochs, "0 or more")
-        _require(self.batch_size >= 2, "optim.batch-size", self.batch_size, "2 or more: batch norm needs two images")
+        _require(
+            self.batch_size >= 2,
+            "optim.batch-size",
+            self.batch_size,
+            "2 or more: batch norm needs two images",
+        )
         _require(0 < self.lr < 100, "optim.lr", self.lr, "above 0")
         _require(self.predictor_lr >= 0, "optim.predictor-lr", self.predictor_lr, "0 or more")
         _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "from 0 to below 1")
@@ -180,6 +203,8 @@ class FitConfig:
     """Go on with an interrupted run (its folder); no other option is needed."""
     seed: int = 0
     """Seed of everything random."""
+    base_epochs: int = 0
+    """Method afds: epochs of the dense fine-tuning that comes first. 0: chosen by the number of images."""
     source_data: Path | None = None
     """Photos of the source task: the network first learns there with selection at d = 1 (the paper's source step)."""
     source_epochs: int = 10
@@ -197,6 +222,7 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**31, "seed", self.seed, "from 0 to 2147483647")
+        _require(self.base_epochs >= 0, "base-epochs", self.base_epochs, "0 or more")
         _require(self.source_epochs >= 1, "source-epochs", self.source_epochs, "1 or more")
         parse_method(self.method)
 

@@ -1,7 +1,7 @@
 """`afds demo`: the whole job on data that needs no download, through the same `fit` that a user's photos go through.
 
-    digits 0 to 4 --(source step: selection at d = 1)--> source --(few images a class)--> digits 5 to 9
-                                                            at 1x, 2x and 5x, beside plain fine-tuning and scratch
+digits 0 to 4 --(source step: selection at d = 1)--> source --(few images a class)--> digits 5 to 9
+                                                        at 1x, 2x and 5x, beside plain fine-tuning and scratch
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def demo(config: DemoConfig) -> Path:
                 source="resnet18" if method == "scratch" else str(selective if method == "afds" else dense),
                 arch_args=ARCH, out=config.out / "runs" / name, data_options=data_options,
                 optim=OptimConfig(epochs=config.epochs, batch_size=16, lr=0.05 if method == "scratch" else 0.02),
-                descent=DescentConfig(stages=8),
+                descent=DescentConfig(stages=8), base_epochs=config.epochs,
             )  # fmt: skip
             results.append(_once(run))
         table.add_row(label, budget, _spread([r.test.top1 for r in results if r.test]),

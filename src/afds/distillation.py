@@ -86,12 +86,13 @@ class FrozenNetwork:
 
     Args:
         features: paths of the ConvBN units whose outputs are compared.
+        blocks: paths of residual blocks whose outputs are compared.
     """
 
-    def __init__(self, model: nn.Module, features: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, features: Sequence[str], blocks: Sequence[str] = ()) -> None:
         self.features = tuple(features)
         self.network = copy.deepcopy(model).eval().requires_grad_(False)
-        self.points = {name: TapPoint(name) for name in self.features}
+        self.points = {name: TapPoint(name) for name in (*self.features, *blocks)}
         if not any(True for _ in selective_units(self.network)):
             _fold(self.network)
 
@@ -156,9 +157,7 @@ class AttentiveDistillation(nn.Module):
             rho[name] = phi(flat_BCN).squeeze(2).softmax(1)
         return rho
 
-    def forward(
-        self, target: dict[str, Tensor], source: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, target: dict[str, Tensor], source: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss before lambda, and the mean entropy of rho per unit, in units of log C (1: uniform)."""
         loss = torch.zeros((), device=next(self.parameters()).device)
         entropy = {}
@@ -180,6 +179,21 @@ def feature_sizes(frozen: FrozenNetwork, x_BCHW: Tensor) -> dict[str, int]:
     """Positions H W of each compared feature map, from a dry run of the real input size."""
     _, features = frozen(x_BCHW)
     return {name: features[name].shape[2] * features[name].shape[3] for name in frozen.features}
+
+
+def block_hints(target: dict[str, Tensor], teacher: dict[str, Tensor], blocks: Sequence[str]) -> Tensor:
+    """Mean over blocks of ||F - F*||^2 / ||F*||^2, the residual stream after each block (ours).
+
+    Hints as in FitNets (Romero et al., ICLR 2015), without a regressor, as both networks are one architecture: the
+    logits alone say too little to each of many layers that have just lost most of their channels.
+    """
+    total = torch.zeros(())
+    for name in blocks:
+        wanted = teacher[name].float()
+        total = total.to(wanted.device) + (
+            target[name].float() - wanted
+        ).square().sum() / wanted.square().sum().clamp_min(1e-6)
+    return total / max(1, len(blocks))
 
 
 def logit_distillation(logits_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:

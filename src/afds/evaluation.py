@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from afds.artifact import Run, load_run
@@ -20,6 +21,7 @@ from afds.data import Folder, ImageDataset, Item, eval_transform, make_loader, m
 from afds.errors import AfdsError, DataError
 
 SPLITS = ("auto", "test", "val", "train", "all")
+FLATTERED = {"val": "choices were made on it", "train": "the run may have learned from it"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def evaluate(
     device = torch.device(device) if device is not None else next(network.parameters()).device
     scores = MulticlassStatScores(num_classes, average=None, validate_args=False).to(device)
     top5 = MulticlassAccuracy(num_classes, top_k=5, average="micro").to(device) if num_classes > 5 else None
-    entropy = MeanMetric(nan_strategy="disable").to(device)  # a NaN is to be seen, not left out
+    # A NaN is to be seen, not left out. (MeanMetric would do, but with "disable" it forgets its weights.)
+    entropy = SumMetric(nan_strategy="disable").to(device)
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     cost, seen = Cost(), 0
@@ -86,7 +89,7 @@ def evaluate(
             scores.update(logits_BK.argmax(1), y_B)
             if top5 is not None:
                 top5.update(logits_BK, y_B)
-            entropy.update(F.cross_entropy(logits_BK, y_B), len(y_B))
+            entropy.update(F.cross_entropy(logits_BK, y_B, reduction="sum"))
             seen += len(y_B)
             if progress is not None:
                 progress(seen)
@@ -104,7 +107,7 @@ def evaluate(
         top1=int(right_C.sum()) / images,
         top5=None if top5 is None else float(top5.compute()),
         balanced_accuracy=sum(present) / len(present),
-        cross_entropy=float(entropy.compute()),
+        cross_entropy=float(entropy.compute()) / images,
         per_class=tuple(recalls),
         cost=cost if count_macs else None,
     )
@@ -174,55 +177,56 @@ def evaluate_folder(
 
 def _choose(run: Run, folder: Folder, split: str) -> tuple[str, tuple[Item, ...], list[str]]:
     """The split's name, its items and notes about it."""
-    given = dict(folder.splits)
-    held_out = _repeat_split(run, folder)
+    held_out, changed = _repeat_split(run, folder)
+    available = {**folder.splits, **held_out}
+    notes = [changed] if changed else []
     if split == "auto":
-        if "test" in given:
-            split = "test"
-        elif held_out.get("test"):
-            given, split = held_out, "test"
-        elif "all" in given:
-            split = "all"
-        else:
-            split = "val" if "val" in given or "val" in held_out else "train"
-            why = {"val": "choices were made on it", "train": "the run may have learned from it"}[split]
-            note = [f"No test images here: these figures are of {split}, and flattered, since {why}."]
-            return split, (given | held_out)[split], note
+        order = ("test", "val", "train") if held_out else ("test", "all", "val", "train")
+        split = next(name for name in order if name in available)
+        if split in FLATTERED:
+            notes.append(f"No test images here: these figures are of {split}, and flattered, since {FLATTERED[split]}.")
     if split == "all":
-        items = tuple(item for part in given.values() for item in part)
-        seen = bool(held_out) or "train" in given
-        return split, items, ["Training images are among these."] if seen else []
-    items_of = given if split in given else held_out
-    if not items_of.get(split):
+        if not notes and (held_out or "train" in folder.splits):
+            notes.append("Training images are among these.")
+        return split, tuple(item for part in folder.splits.values() for item in part), notes
+    if split not in available:
         raise DataError(
-            f"{folder.root}: has no {split}/ folder. It has: {', '.join(given)}. "
-            "Choose another --split, or `auto`."
+            f"{folder.root}: has no {split} images. It has: {', '.join(available)}. Choose another --split, or auto."
         )
-    notes = ["The images that the run held out of this folder, by its seed."] if items_of is held_out else []
-    return split, items_of[split], notes
+    if split in held_out and split not in folder.splits:
+        notes.append(f"The run's own split of these photos, repeated by its seed: {split}.")
+    return split, available[split], notes
 
 
-def _repeat_split(run: Run, folder: Folder) -> dict[str, tuple[Item, ...]]:
-    """The split the run made, where `folder` is what it was fitted on; else nothing."""
-    options = fit_options(run.config)
-    if options.get("data") is None or ("test" in folder.splits and "val" in folder.splits):
-        return {}
+def _repeat_split(run: Run, folder: Folder) -> tuple[dict[str, tuple[Item, ...]], str]:
+    """The split the run made, where `folder` holds the photos it was fitted on; else nothing, and why."""
+    config: dict[str, Any] = run.config or {}
+    options, facts = config.get("config", {}), config.get("data", {})
     try:
-        if not os.path.samefile(str(options["data"]), folder.root):
-            return {}
-        data = options["data_options"]
         splits = make_splits(
             folder,
-            val_fraction=data["val_fraction"],
-            test_fraction=data["test_fraction"],
+            val_fraction=options["data_options"]["val_fraction"],
+            test_fraction=options["data_options"]["test_fraction"],
             seed=options["seed"],
         )
-    except (OSError, KeyError, TypeError, ValueError, AfdsError):  # moved data, or a config that is not ours
-        return {}
-    return {"train": splits.train, "val": splits.val} | ({"test": splits.test} if splits.test else {})
+        gone = {Path(path).parts[-2:] for path in facts["unreadable"]}
+        parts = {
+            name: tuple(item for item in getattr(splits, name) or () if item.path.parts[-2:] not in gone)
+            for name in ("train", "val", "test")
+        }
+        if fingerprint(parts) == facts["fingerprint"]:
+            return {name: items for name, items in parts.items() if items}, ""
+        if os.path.samefile(options["data"], folder.root):
+            return {}, "These photos have changed since the run was fitted on them: some of them it has learned."
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, AfdsError):
+        pass  # moved photos, too few to split, no config.json, or one that is not ours
+    return {}, ""
 
 
-def fit_options(config: dict[str, Any] | None) -> dict[str, Any]:
-    """The options (`FitConfig` as plain data) in a run's config.json; {} without."""
-    options = (config or {}).get("config")
-    return options if isinstance(options, dict) else {}
+def fingerprint(parts: Mapping[str, Iterable[Item]]) -> str:
+    """SHA-256 of which photo is in which split: class folder, file name and label, wherever the folder lies."""
+    digest = hashlib.sha256()
+    for name in ("train", "val", "test"):
+        for item in parts.get(name, ()):
+            digest.update(f"{name}\0{item.path.parent.name}\0{item.path.name}\0{item.label}\n".encode())
+    return digest.hexdigest()

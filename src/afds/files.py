@@ -31,9 +31,7 @@ def write_atomic(path: Path | str, content: bytes | str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or "unknown reason"
-        raise RunFolderError(
-            f"{path}: cannot be written ({reason}). Check its folder and the space."
-        ) from error
+        raise RunFolderError(f"{path}: cannot be written ({reason}). Check its folder and the space.") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

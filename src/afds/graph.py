@@ -33,7 +33,19 @@ PASS_FUNCTIONS = (
     F.relu, F.relu6, F.silu, F.hardswish, F.gelu, F.leaky_relu, F.elu, F.dropout, F.pad, F.max_pool2d, F.avg_pool2d,
     F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.relu, torch.flatten, torch.mean, torch.clone,
 )  # fmt: skip
-PASS_METHODS = ("mean", "flatten", "relu", "relu_", "contiguous", "clone", "view", "reshape", "amax", "squeeze", "to")
+PASS_METHODS = (
+    "mean",
+    "flatten",
+    "relu",
+    "relu_",
+    "contiguous",
+    "clone",
+    "view",
+    "reshape",
+    "amax",
+    "squeeze",
+    "to",
+)
 PASS_MODULES = (
     nn.Identity, nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
     nn.Flatten,
@@ -104,9 +116,7 @@ def passes_channels(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node keeps every channel in its place and a zero channel zero."""
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        return (
-            isinstance(module, PASS_MODULES) or type(module).__name__ in PASS_MODULE_NAMES or zero_stays_zero(module)
-        )
+        return isinstance(module, PASS_MODULES) or type(module).__name__ in PASS_MODULE_NAMES or zero_stays_zero(module)
     if node.op == "call_function":
         return node.target in PASS_FUNCTIONS
     return node.op == "call_method" and node.target in PASS_METHODS
@@ -228,6 +238,56 @@ def stage_ends(model: nn.Module, units: list[str]) -> list[str]:
         if end is not None and end != units[0] and end not in ends:
             ends.append(end)
     return ends
+
+
+def residual_blocks(model: nn.Module) -> list[str]:
+    """The modules whose forward ends in a residual sum, in order; empty for a network without such sums."""
+    gm = trace(model)
+    found: list[str] = []
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target in ADDS and len(tensor_inputs(node)) == 2:
+            owner = _owner_path(node, gm)[:-1]
+            if owner and owner not in found:
+                found.append(owner)
+    return found
+
+
+def unit_roles(model: nn.Module) -> dict[str, str]:
+    """`stem`, `inner`, `stream` (writes into a residual sum) or `shortcut` (its shallow branch), by unit."""
+    gm = trace(model)
+    depth: dict[fx.Node, int] = {}
+    last: dict[fx.Node, str] = {}
+    roles: dict[str, str] = {}
+    for node in gm.graph.nodes:
+        inputs = [n for n in node.all_input_nodes if n in depth]
+        deepest = max(inputs, key=lambda n: depth[n], default=None)
+        depth[node] = depth[deepest] if deepest is not None else 0
+        if node.op == "call_module" and _is_unit(gm, node):
+            roles[str(node.target)] = "inner" if roles else "stem"
+            depth[node] += 1
+            last[node] = str(node.target)
+        elif deepest is not None and deepest in last and passes_channels(gm, node):
+            last[node] = last[deepest]
+        elif node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.BatchNorm2d):
+            last[node] = last[deepest]  # type: ignore[index]
+        elif node.op == "call_function" and node.target in ADDS and len(tensor_inputs(node)) == 2:
+            main, side = sorted(tensor_inputs(node), key=lambda n: -depth[n])
+            if main in last and last[main] in roles:
+                roles[last[main]] = "stream"
+            if side in last and roles.get(last[side]) == "inner":
+                roles[last[side]] = "shortcut"
+    return roles
+
+
+def _is_unit(gm: fx.GraphModule, node: fx.Node) -> bool:
+    module = gm.get_submodule(str(node.target))
+    if getattr(module, "is_selective_unit", False):
+        return True
+    users = list(node.users)
+    follower = users[0] if len(users) == 1 and users[0].op == "call_module" else None
+    return isinstance(module, nn.Conv2d) and follower is not None and isinstance(
+        gm.get_submodule(str(follower.target)), nn.BatchNorm2d
+    )  # fmt: skip
 
 
 def _owner_path(node: fx.Node, gm: fx.GraphModule) -> str:

@@ -194,11 +194,7 @@ def _from_pil(image: Image.Image) -> Image.Image:
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
-    if (
-        array.dtype != np.uint8
-        or array.size == 0
-        or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3))
-    ):
+    if array.dtype != np.uint8 or array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
         raise ImageError(
             f"An array should be uint8 of shape (H, W, 3) in RGB or (H, W) in grey, got "
             f"{array.dtype} of shape {array.shape}."

@@ -22,7 +22,9 @@ class Record:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise ConfigError("--tensorboard needs the package tensorboard: pip install 'afds[tensorboard]'") from None  # noqa: E501
+                raise ConfigError(
+                    "--tensorboard needs the package tensorboard: pip install 'afds[tensorboard]'"
+                ) from None
             self._board = SummaryWriter(str(out / "tensorboard"))
 
     def write(self, kind: str, **values: Any) -> None:

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from afds.config import DescentConfig
 from afds.cost import measure_cost
 from afds.errors import BudgetError
+from afds.graph import unit_roles
 from afds.selection import gates, set_density
 
 
@@ -79,8 +81,17 @@ def uniform(model: nn.Module) -> Allocation:
     return lambda t: dict.fromkeys(names, t)
 
 
-def powered(exponents: dict[str, float]) -> Allocation:
-    """d_l = t ** e_l: an exponent below 1 spares a layer, 0 keeps it dense (ours)."""
+SPARING = {"stem": 0.6, "shortcut": 0.6, "stream": 0.7, "inner": 1.3}
+
+
+def sparing_stream(model: nn.Module) -> Allocation:
+    """d = t ** e with a smaller e for what writes the residual stream (ours).
+
+    Measured: the loss rises by 1.8 per factor e of MACs saved in the convolutions inside of blocks, by 2.8 in those
+    that write the residual stream, by 4.8 in the stem (docs/accuracy.md).
+    """
+    roles = unit_roles(model)
+    exponents = {name: SPARING[roles.get(name, "inner")] for name in gates(model)}
     return lambda t: {name: max(t**exponent, 1e-4) for name, exponent in exponents.items()}
 
 
@@ -141,9 +152,9 @@ class Descent:
         return start_ratio ** (1 - share) * self.ratio**share
 
 
-def plan_descent(total_steps: int, start: float, end: float, stages: int, ratio: float) -> Descent:
-    """Spread the stages evenly over the steps between the shares ``start`` and ``end`` of the training."""
-    first, last = round(start * total_steps), round(end * total_steps)
-    stages = max(1, min(stages, last - first))
+def plan_descent(total_steps: int, config: DescentConfig, ratio: float) -> Descent:
+    """Spread the stages evenly over the steps between ``config.start`` and ``config.end`` of the training."""
+    first, last = round(config.start * total_steps), round(config.end * total_steps)
+    stages = max(1, min(config.stages, last - first))
     steps = tuple(first + (last - first) * i // stages for i in range(stages))
     return Descent(first, steps, ratio)

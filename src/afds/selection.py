@@ -121,7 +121,13 @@ class Gate(nn.Module):
     """pi of one unit: (B, C_in, H, W) -> (B, C_out), at the current density."""
 
     def __init__(
-        self, in_channels: int, gamma_C: Tensor, beta_C: Tensor, config: SelectionConfig, *, leads: bool = False
+        self,
+        in_channels: int,
+        gamma_C: Tensor,
+        beta_C: Tensor,
+        config: SelectionConfig,
+        *,
+        leads: bool = False,
     ) -> None:
         super().__init__()
         # A zero saliency is never active, so a channel that lives by its bias alone keeps a saliency of 1e-6. So
@@ -279,7 +285,7 @@ def set_density(model: nn.Module, density: float | dict[str, float]) -> None:
         ConfigError: a density outside (0, 1], or a name that is not a unit.
     """
     chosen = gates(model)
-    wanted = {name: density for name in chosen} if isinstance(density, float | int) else density
+    wanted = dict.fromkeys(chosen, density) if isinstance(density, float | int) else density
     for name, value in wanted.items():
         if name not in chosen:
             raise ConfigError(f"There is no selective unit called {name}.")

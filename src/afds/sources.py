@@ -92,9 +92,7 @@ def parse_source(spec: str) -> SourceSpec:
     return SourceSpec(name, path)
 
 
-def create(
-    arch: str, num_classes: int, arch_args: dict[str, Any] | None = None, pretrained: bool = False
-) -> nn.Module:
+def create(arch: str, num_classes: int, arch_args: dict[str, Any] | None = None, pretrained: bool = False) -> nn.Module:
     """A plain timm network, randomly initialised unless ``pretrained``.
 
     Raises:
@@ -302,8 +300,12 @@ def _fill(
         weights = _converted(arch, arch_args, weights) or weights
         problems = _mismatches(model, weights, arch, heads)
     if problems:
-        more = f" ({len(problems)} differences in all)" if len(problems) > 3 else ""
-        raise SourceError(f"{where}: these are not weights of {arch}: {'; '.join(problems[:3])}{more}. "
+        of_module: dict[str, str] = {}  # one line a layer is enough to see what the file really is
+        for name, text in problems:
+            of_module.setdefault(name.rpartition(".")[0], text)
+        shown = list(of_module.values())[:3]
+        more = f" ({len(problems)} differences in all)" if len(problems) > len(shown) else ""
+        raise SourceError(f"{where}: these are not weights of {arch}: {'; '.join(shown)}{more}. "
                           "Name the network they were made with, as in `--source NAME:FILE`.")  # fmt: skip
     # Not strict, because of the classifier and of num_batches_tracked; all else has just been checked.
     model.load_state_dict({n: t for n, t in weights.items() if not n.startswith(heads)}, strict=False)
@@ -311,21 +313,19 @@ def _fill(
 
 def _mismatches(
     model: nn.Module, weights: Mapping[str, Tensor], arch: str, heads: tuple[str, ...]
-) -> list[str]:
-    """What does not fit, in words: shapes first, then what the file lacks, then what it has in excess."""
+) -> list[tuple[str, str]]:
+    """(tensor, what does not fit): shapes first, then what the file lacks, then what it has in excess."""
     wanted = {n: t for n, t in model.state_dict().items() if not n.startswith(heads)}
-    shapes = [f"{n} is {_size(weights[n])} in the file and {_size(t)} in {arch}"
+    shapes = [(n, f"{n} is {_size(weights[n])} in the file and {_size(t)} in {arch}")
               for n, t in wanted.items() if n in weights and weights[n].shape != t.shape]  # fmt: skip
-    lacking = [f"the file has no {n} ({_size(t)})" for n, t in wanted.items()
+    lacking = [(n, f"the file has no {n} ({_size(t)})") for n, t in wanted.items()
                if n not in weights and not n.endswith("num_batches_tracked")]  # fmt: skip
-    excess = [f"the file has {n} ({_size(t)}), which {arch} has not"
+    excess = [(n, f"the file has {n} ({_size(t)}), which {arch} has not")
               for n, t in weights.items() if n not in wanted and not n.startswith(heads)]  # fmt: skip
     return shapes + lacking + excess
 
 
-def _converted(
-    arch: str, arch_args: dict[str, Any], weights: Mapping[str, Tensor]
-) -> dict[str, Tensor] | None:
+def _converted(arch: str, arch_args: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """Weights under timm's names, where timm knows how to rename them (torchvision's VGGs); else None."""
     overlay = {"state_dict": dict(weights)}
     try:  # with the classes of the source itself timm is strict: all tensors fit, or it raises
@@ -362,7 +362,7 @@ def _sha256(file: Path) -> str:
 
 
 def _unknown(name: str, spec: str) -> str:
-    if Path(spec).expanduser().exists() or Path(spec).suffix in WEIGHT_FILES:
+    if (spec.strip() and Path(spec).expanduser().exists()) or Path(spec).suffix in WEIGHT_FILES:
         return f"--source {spec}: say which network the weights belong to, as in `--source resnet50:{spec}`."
     near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3, cutoff=0.5)
     hint = f"Near to it are: {', '.join(near)}." if near else "`timm.list_models()` lists those there are."

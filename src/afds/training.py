@@ -2,17 +2,18 @@
 
 ::
 
-    epoch 0 ........ d = 1 ........ | descent: d falls by stages | final density ........ last epoch
-                                    ^ snapshot: the teacher from here on (ours; the paper keeps the source)
+    epoch 0 .. d = 1 .. | descent: d falls by stages | ........ final density ........ last epoch
 
-Each step: loss = CE + lambda AFD + mu KD. Before a stage's first step the masks are updated on training images
-and the densities are solved for on validation images. After each epoch: validation accuracy and counted MACs, a
+Each step: loss = CE + lambda AFD + KD + hints, as far as a teacher is there. Before a stage's first step the masks
+and the channels' importance are updated on training images and the densities are solved for on validation images;
+winners are ranked by the new importance from then on. After each epoch: validation accuracy and counted MACs, a
 checkpoint that replaces the last one atomically. The order of images, augmentation and everything random in epoch
 e depend only on (seed, e), so a resumed run ends where the unbroken one would have.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -27,14 +28,24 @@ from torch import Tensor, nn
 
 from afds.checkpoint import load_checkpoint, save_checkpoint
 from afds.config import FitConfig, OptimConfig
-from afds.cost import has_selection
+from afds.cost import has_selection, measure_cost
 from afds.data import TimedLoader, set_epoch
-from afds.distillation import AttentiveDistillation, FrozenNetwork, l2_sp, logit_distillation, tap, tap_points
-from afds.evaluation import Metrics, evaluate
+from afds.distillation import (
+    AttentiveDistillation,
+    FrozenNetwork,
+    TapPoint,
+    block_hints,
+    l2_sp,
+    logit_distillation,
+    tap,
+    tap_points,
+)  # fmt: skip
+from afds.evaluation import evaluate
+from afds.importance import Importance, by_importance, estimate, set_importance
 from afds.masks import mask_counts, update_masks
 from afds.record import Record
-from afds.schedule import Allocation, Descent, solve
-from afds.selection import Predictor, densities, set_density
+from afds.schedule import Allocation, Descent, solve, sparing_stream, uniform
+from afds.selection import Predictor, densities, gates, set_density
 
 
 class Task(nn.Module):
@@ -45,8 +56,14 @@ class Task(nn.Module):
         self.network = network
         self.afd = afd
         self.config = config
+        self.blocks: tuple[str, ...] = ()
         self.points = tap_points(network, afd.names) if afd is not None else {}
         self.start: dict[str, Tensor] | None = None  # weights that l2-sp stays near, by name
+
+    def match_blocks(self, blocks: Sequence[str]) -> None:
+        """Compare the outputs of these residual blocks with the teacher's from now on."""
+        self.blocks = tuple(blocks)
+        self.points = {**self.points, **{name: TapPoint(name) for name in blocks}}
 
     def forward(
         self, x_BCHW: Tensor, y_B: Tensor, teacher: tuple[Tensor | None, dict[str, Tensor]] | None
@@ -65,6 +82,9 @@ class Task(nn.Module):
         if teacher is not None and teacher[0] is not None and c.distillation.logits > 0:
             out["kd"] = logit_distillation(logits_BK, teacher[0], c.distillation.temperature)
             out["loss"] = out["loss"] + c.distillation.logits * out["kd"]
+        if self.blocks and teacher is not None:
+            out["hints"] = block_hints(features, teacher[1], self.blocks)
+            out["loss"] = out["loss"] + c.distillation.hints * out["hints"]
         if self.start is not None:
             out["l2_sp"] = l2_sp(self.network, self.start)
             out["loss"] = out["loss"] + c.optim.weight_decay * out["l2_sp"]
@@ -111,20 +131,17 @@ class Plan:
     train_loader: Iterable[Any]
     val_loader: Iterable[Any]
     probe: list[Tensor]  # validation images on which cost is counted
-    mask_images: list[Tensor]  # training images on which masks are updated
+    labelled: list[tuple[Tensor, Tensor]]  # training images for masks and importance
     num_classes: int
     epochs: int
     steps_per_epoch: int
-    source: FrozenNetwork | None  # the pretrained network, for AFD
+    teacher: FrozenNetwork | None  # the pretrained source, or the fine-tuned dense network
+    teaches_logits: bool  # the teacher knows the target's classes
     descent: Descent | None
-    allocation: Allocation | None
-    features: Sequence[str]
 
 
-def train(
-    fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Callable[[dict[str, Any]], None]
-) -> Metrics:
-    """Run, or go on with, the training of ``plan``; returns the validation metrics of the end."""
+def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Callable[[dict[str, Any]], None]) -> None:
+    """Run, or go on with, the training of ``plan``; its network is then in its final state."""
     c, task = plan.config, plan.task
     optimizer = torch.optim.SGD(
         parameter_groups(task, c.optim, decay=task.start is None),
@@ -133,9 +150,8 @@ def train(
     wrapped, optimizer = fabric.setup(task, optimizer)
     state = _State(task, optimizer, plan)
     if (out / "last.ckpt").exists():
-        state.load(load_checkpoint(out / "last.ckpt"), fabric.device)
+        state.load(load_checkpoint(out / "last.ckpt"))
         record.rewind(state.epoch)
-    metrics: Metrics | None = None
     timed = TimedLoader(plan.train_loader)
     for epoch in range(state.epoch, plan.epochs):
         torch.manual_seed(c.seed * 100_003 + epoch)
@@ -166,7 +182,7 @@ def train(
             progress({"epoch": epoch, "epochs": plan.epochs, "step": step, "steps": plan.epochs * plan.steps_per_epoch,
                       "loss": sums.last, "images": len(y_B) * fabric.world_size,
                       "wait_share": timed.wait_share})  # fmt: skip
-            if step % 10 == 0:
+            if step % 10 == 0 or step % plan.steps_per_epoch == 0:
                 record.write("step", epoch=epoch, step=step, lr=rate, wait_share=round(timed.wait_share, 4),
                              images_per_s=images / (time.perf_counter() - started), **sums.recent())  # fmt: skip
         seconds = time.perf_counter() - started
@@ -182,9 +198,29 @@ def train(
         if fabric.is_global_zero:
             save_checkpoint(out / "last.ckpt", state.dump())
         fabric.barrier()
-    if metrics is None:  # resumed after the last epoch
-        metrics = evaluate(task.network, plan.val_loader, plan.num_classes, count_macs=True)
-    return metrics
+    if plan.descent is not None and c.descent.reestimate > 0:
+        set_epoch(plan.train_loader, plan.epochs)
+        reestimate_norms(task.network, plan.train_loader, c.descent.reestimate)
+
+
+@torch.no_grad()
+def reestimate_norms(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], count: int) -> None:
+    """Measure the statistics of all batch norms anew, as plain means over ``count`` batches of images.
+
+    Ours: with other channels active in every image the running averages of the last steps are noisy.
+    """
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    network.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's word for a cumulative mean
+        norm.train()
+    for x_BCHW, _ in itertools.islice(batches, count):
+        network(x_BCHW.contiguous(memory_format=torch.channels_last))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
 
 
 class _State:
@@ -194,61 +230,69 @@ class _State:
         self.task, self.optimizer, self.plan = task, optimizer, plan
         self.epoch = 0
         self.stage = 0
-        self.t = 1.0
-        self.snapshot: FrozenNetwork | None = None
+        self.importance: Importance | None = None
 
     def teach(self, x_BCHW: Tensor, fabric: Fabric) -> tuple[Tensor | None, dict[str, Tensor]] | None:
-        """What the teacher says: the snapshot's logits and features, or the source's features."""
-        if self.snapshot is not None:
-            with fabric.autocast():
-                return self.snapshot(x_BCHW)
-        if self.plan.source is not None:
-            with fabric.autocast():
-                return None, self.plan.source(x_BCHW)[1]
-        return None
-
-    def take_snapshot(self) -> None:
-        self.snapshot = FrozenNetwork(self.task.network, self.plan.features)
+        """The teacher's logits, if it knows these classes, and features."""
+        if self.plan.teacher is None:
+            return None
+        with fabric.autocast():
+            logits_BK, features = self.plan.teacher(x_BCHW)
+        return (logits_BK if self.plan.teaches_logits else None), features
 
     def dump(self) -> dict[str, Any]:
         return {
-            "epoch": self.epoch, "stage": self.stage, "t": self.t, "task": self.task.state_dict(),
+            "epoch": self.epoch, "stage": self.stage, "task": self.task.state_dict(),
             "optimizer": self.optimizer.state_dict(), "densities": densities(self.task.network),
-            "snapshot": self.snapshot.network.state_dict() if self.snapshot else None,
+            "importance": (self.importance.taylor, self.importance.weight) if self.importance else None,
         }  # fmt: skip
 
-    def load(self, saved: dict[str, Any], device: torch.device) -> None:
-        self.epoch, self.stage, self.t = saved["epoch"], saved["stage"], saved["t"]
+    def load(self, saved: dict[str, Any]) -> None:
+        self.epoch, self.stage = saved["epoch"], saved["stage"]
         self.task.load_state_dict(saved["task"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        if saved["snapshot"] is not None:
-            self.take_snapshot()  # at the density that the network still has here: 1
-            assert self.snapshot is not None
-            self.snapshot.network.load_state_dict(saved["snapshot"])
-            self.snapshot.to(device)
+        if saved["importance"]:
+            self.importance = Importance(*saved["importance"])
         if saved["densities"]:
             set_density(self.task.network, saved["densities"])
 
 
 def _stages(fabric: Fabric, plan: Plan, state: _State, step: int, record: Record, epoch: int) -> None:
-    """Before a step: the snapshot at the end of d = 1, and the stages of the descent that are due."""
-    descent, network = plan.descent, state.task.network
-    if descent is None:
-        return
-    if step == descent.warm_end and state.snapshot is None and plan.config.distillation.snapshot:
-        state.take_snapshot()
-    while state.stage < len(descent.stage_steps) and step >= descent.stage_steps[state.stage]:
-        assert plan.allocation is not None
-        d = plan.config.descent
-        thresholds = update_masks(network, plan.mask_images, static_quantile=d.static_quantile,
-                                  prune_quantile=d.prune_quantile) if state.stage else {}  # fmt: skip
+    """Before a step: the stages of the descent that are due."""
+    descent, network, d = plan.descent, state.task.network, plan.config.descent
+    while descent is not None and state.stage < len(descent.stage_steps) and step >= descent.stage_steps[state.stage]:
+        thresholds = {}
+        if state.stage > 0:  # the first stage has nothing behind it
+            thresholds = update_masks(network, [x for x, _ in plan.labelled], static_quantile=d.static_quantile,
+                                      prune_quantile=d.prune_quantile)  # fmt: skip
+        importance = None
+        if needs_importance(plan.config):
+            importance = state.importance = estimate(network, plan.labelled, state.importance)
+        if importance is not None and plan.config.selection.importance:
+            set_importance(network, importance)
+        allocation = choose_allocation(network, plan.config, importance, plan.probe)
         target = descent.target(state.stage)
-        state.t = solve(network, plan.allocation, target, plan.probe, upper=1.0)
+        t = solve(network, allocation, target, plan.probe)
         _agree(fabric, network)
-        record.write("stage", epoch=epoch, step=step, target_ratio=target, t=state.t,
-                     densities=densities(network), thresholds=thresholds, **mask_counts(network))  # fmt: skip
+        record.write("stage", epoch=epoch, step=step, target_ratio=target, t=t, densities=densities(network),
+                     thresholds=thresholds, **mask_counts(network))  # fmt: skip
         state.stage += 1
         network.train()
+
+
+def needs_importance(config: FitConfig) -> bool:
+    return config.selection.importance or config.descent.allocation == "importance"
+
+
+def choose_allocation(
+    network: nn.Module, config: FitConfig, importance: Importance | None, probe: Sequence[Tensor]
+) -> Allocation:
+    """The path of densities that the configuration asks for."""
+    if config.descent.allocation == "stream":
+        return sparing_stream(network)
+    if config.descent.allocation == "uniform" or importance is None:
+        return uniform(network)
+    return by_importance(network, importance, measure_cost(network, probe[:1]), floor=config.descent.floor)
 
 
 def _agree(fabric: Fabric, network: nn.Module) -> None:
@@ -256,13 +300,15 @@ def _agree(fabric: Fabric, network: nn.Module) -> None:
     if fabric.world_size == 1:
         return
     set_density(network, fabric.broadcast(densities(network)))
-    for buffer in network.buffers():
-        if buffer.dtype == torch.bool:
-            buffer.copy_(fabric.broadcast(buffer))
+    for gate in gates(network).values():
+        for value in (gate.kept, gate.dynamic, gate.importance):
+            value.copy_(fabric.broadcast(value))
 
 
 def _phase(plan: Plan, step: int) -> str:
-    if plan.descent is None or step <= plan.descent.warm_end:
+    if plan.descent is None:
+        return "tuning"
+    if step <= plan.descent.warm_end:
         return "warm"
     return "descent" if step <= plan.descent.stage_steps[-1] else "final"
 

@@ -12,7 +12,7 @@ from afds.data.images import read_shrunk
 
 def test_what_is_put_comes_back_and_the_rest_does_not(tmp_path):
     rng = np.random.default_rng(0)
-    sizes = [(640, 480), (481, 643), (30, 40), (7, 900), (1201, 333)]
+    sizes = [(640, 480), (110, 108), (64, 62), (481, 643), (30, 40), (7, 900), (1201, 333)]
     paths = []
     for i, (width, height) in enumerate(sizes):
         path = tmp_path / f"{i}.jpg"
@@ -27,14 +27,15 @@ def test_what_is_put_comes_back_and_the_rest_does_not(tmp_path):
         cache.put(i, image)
     for i, image in enumerate(images):
         assert np.array_equal(cache.get(i), image), sizes[i]
-    cache.put(5, images[0])  # no room was kept for an unreadable file
-    assert cache.get(5) is None
+    missing = len(images)
+    cache.put(missing, images[0])  # no room was kept for an unreadable file
+    assert cache.get(missing) is None
 
 
 def test_it_stops_at_its_bytes(tmp_path):
     for i in range(4):
         Image.new("RGB", (10, 10)).save(tmp_path / f"{i}.png")
-    cache = ImageCache([tmp_path / f"{i}.png" for i in range(4)], shrink_to=None, max_bytes=900)
+    cache = ImageCache([tmp_path / f"{i}.png" for i in range(4)], shrink_to=None, max_bytes=600)
     assert len(cache) == 2
     image = np.ones((10, 10, 3), np.uint8)
     cache.put(3, image)

@@ -15,9 +15,7 @@ def test_class_folders(make_tree):
     folder = scan(make_tree({"dog": 2, "cat": 3}))
     assert folder.classes == ("cat", "dog")
     assert list(folder.splits) == ["all"]
-    assert [(i.path.parent.name, i.label) for i in folder.splits["all"]] == [("cat", 0)] * 3 + [
-        ("dog", 1)
-    ] * 2
+    assert [(i.path.parent.name, i.label) for i in folder.splits["all"]] == [("cat", 0)] * 3 + [("dog", 1)] * 2
     assert not folder.warnings
     assert folder.ignored == 0
 
@@ -80,9 +78,7 @@ def test_mistakes_of_layout(make_tree, counts, says):
     assert str(root) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "says"), [("photos.zip", "Unpack it"), ("photo.jpg", "a file, not a folder")]
-)
+@pytest.mark.parametrize(("name", "says"), [("photos.zip", "Unpack it"), ("photo.jpg", "a file, not a folder")])
 def test_a_file_in_place_of_a_folder(tmp_path, name, says):
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(DataError, match=says):
@@ -128,13 +124,13 @@ def test_a_class_name_that_is_not_utf8(make_tree):
         scan(root)
 
 
-def test_ten_thousand_classes(tmp_path):
-    for i in range(10_000):
+@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_many_classes(tmp_path, count):
+    for i in range(count):
         folder = f"{tmp_path}/{i:05d}"
         os.mkdir(folder)
         os.close(os.open(f"{folder}/0.jpg", os.O_CREAT))
     folder = scan(tmp_path)
-    assert len(folder.classes) == 10_000
-    assert len(folder.splits["all"]) == 10_000
-    assert len(folder.warnings) == 1  # of single images: one line, not ten thousand
+    assert len(folder.classes) == len(folder.splits["all"]) == count
+    assert len(folder.warnings) == 1  # of single images: one line for all
     assert len(folder.warnings[0]) < 300

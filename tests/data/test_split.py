@@ -20,9 +20,7 @@ def folder_of(sizes: list[int], *, root: str = "/data", **given_splits: list[int
     """A folder as `scan` would give it, without files."""
 
     def items(where: str, counts: list[int]) -> tuple[Item, ...]:
-        return tuple(
-            Item(Path(f"{root}{where}/c{c}/{i:04d}.png"), c) for c, n in enumerate(counts) for i in range(n)
-        )
+        return tuple(Item(Path(f"{root}{where}/c{c}/{i:04d}.png"), c) for c, n in enumerate(counts) for i in range(n))
 
     classes = tuple(f"c{c}" for c in range(len(sizes)))
     if not given_splits:
@@ -86,9 +84,7 @@ def test_new_images_of_one_class_leave_the_others_alone():
 def test_what_is_given_is_kept():
     folder = folder_of([10, 10], val=[2, 2], test=[3, 3])
     splits = make_splits(folder, seed=0)
-    assert (splits.train, splits.val, splits.test) == tuple(
-        folder.splits[s] for s in ("train", "val", "test")
-    )
+    assert (splits.train, splits.val, splits.test) == tuple(folder.splits[s] for s in ("train", "val", "test"))
 
 
 def test_val_is_split_off_train_and_never_off_test():

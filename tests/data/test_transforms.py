@@ -37,9 +37,7 @@ def test_evaluation_takes_the_centre():
     pixels = np.zeros((36, 72, 3), np.uint8)
     pixels[:, 20:52] = 255  # the central 32 columns
     x = eval_transform(PREPROCESS)(Image.fromarray(pixels))
-    torch.testing.assert_close(
-        x.amin((1, 2)), (1 - torch.tensor(PREPROCESS.mean)) / torch.tensor(PREPROCESS.std)
-    )
+    torch.testing.assert_close(x.amin((1, 2)), (1 - torch.tensor(PREPROCESS.mean)) / torch.tensor(PREPROCESS.std))
 
 
 def test_evaluation_agrees_with_timm(photo):
@@ -78,9 +76,7 @@ def test_the_image_given_is_left_alone(photo):
     assert photo.tobytes() == before
 
 
-@pytest.mark.parametrize(
-    "options", [{"crop": "center"}, {"scale": (0.0, 1.0)}, {"scale": (0.9, 0.5)}, {"colour": 2.0}]
-)
+@pytest.mark.parametrize("options", [{"crop": "center"}, {"scale": (0.0, 1.0)}, {"scale": (0.9, 0.5)}, {"colour": 2.0}])
 def test_augment_refuses_nonsense(options):
     with pytest.raises(ConfigError):
         Augment(**options)

@@ -16,19 +16,17 @@ from numpy.typing import NDArray
 
 from afds.data.images import header_size, shrunk_size
 
-_SPARE = 4  # pixels; decoding at a fraction rounds the sides up, which can lengthen the longer one a little
-
 
 class ImageCache:
     """uint8 images (h, w, 3) by position; the first ones of `paths` that fit into `max_bytes`."""
 
     def __init__(self, paths: Sequence[Path], *, shrink_to: int | None, max_bytes: int) -> None:
-        """Reads headers only, about 0.1 ms a file. `shrink_to`: the largest shorter side, in pixels."""
+        """Reads headers only, about 0.1 ms a file. `shrink_to`: as in `read_shrunk`."""
         starts = [0]
         for path in paths:
-            size = header_size(path)
+            size = header_size(path, at_least=shrink_to)
             width, height = shrunk_size(size, shrink_to) if size else (0, 0)
-            end = starts[-1] + 3 * min(width, height) * (max(width, height) + _SPARE)
+            end = starts[-1] + 3 * width * height
             if end > max_bytes:
                 break
             starts.append(end)

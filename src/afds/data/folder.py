@@ -137,9 +137,7 @@ class _Scanner:
         for entry in sorted(top.folders, key=lambda e: e.name):
             split = _SPLIT_NAMES.get(entry.name.lower())
             if split in found:
-                raise DataError(
-                    f"{self.root}: both {found[split].name}/ and {entry.name}/ mean {split!r}. Keep one."
-                )
+                raise DataError(f"{self.root}: both {found[split].name}/ and {entry.name}/ mean {split!r}. Keep one.")
             if split:
                 found[split] = Path(entry.path)
         if "train" not in found:
@@ -203,9 +201,7 @@ class _Scanner:
         deeper = sorted({inside.name for listing in found.values() for inside in listing.folders})
         if len(found) == 1 and deeper:
             (only,) = found
-            raise DataError(
-                f"{folder}: the class folders seem to lie one level deeper. Give {folder / only} instead."
-            )
+            raise DataError(f"{folder}: the class folders seem to lie one level deeper. Give {folder / only} instead.")
         if deeper:
             raise DataError(
                 f"{folder}: its folders hold no images, only folders ({_some(deeper)}). "

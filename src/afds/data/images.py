@@ -15,6 +15,7 @@ from PIL import Image, ImageFile, ImageOps
 from afds.errors import DataError
 
 MAX_ASPECT = 8  # sides; a longer image is cut to its middle, or resizing a 1 x 10,000 strip would fill memory
+SLACK = 1.25  # shrinking by less costs more time than the smaller image saves
 
 
 class ImageError(DataError):
@@ -65,17 +66,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def shrink(image: Image.Image, limit: int | None) -> Image.Image:
-    """`image` with its shorter side at most `limit` pixels; a smaller image, or no limit, changes nothing.
+    """`image` with its shorter side brought down to `limit` pixels.
 
-    Applied twice it does what it does once, so it may stand both before a cache and in a transform. Images
-    longer than MAX_ASPECT times their shorter side are first cut to their middle.
+    No limit, or an image not much larger (SLACK), changes nothing. Applied twice it does what it does once,
+    so it may stand both before a cache and in a transform. Images longer than MAX_ASPECT times their shorter
+    side are first cut to their middle.
     """
     shorter = min(image.size)
     if max(image.size) > MAX_ASPECT * shorter:
         width, height = (min(side, MAX_ASPECT * shorter) for side in image.size)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
-    if limit is None or shorter <= limit:
+    if limit is None or shorter <= SLACK * limit:
         return image
     return image.resize(shrunk_size(image.size, limit), Image.Resampling.BICUBIC, reducing_gap=3.0)
 
@@ -84,7 +86,7 @@ def shrunk_size(size: tuple[int, int], limit: int | None) -> tuple[int, int]:
     """What `shrink` makes of `size`."""
     shorter = min(size)
     width, height = (min(side, MAX_ASPECT * shorter) for side in size)
-    if limit is None or shorter <= limit:
+    if limit is None or shorter <= SLACK * limit:
         return width, height
     return round(width * limit / shorter), round(height * limit / shorter)
 
@@ -94,10 +96,15 @@ def read_shrunk(path: Path | str, limit: int | None) -> Image.Image:
     return shrink(read_rgb(path, at_least=limit), limit)
 
 
-def header_size(path: Path | str) -> tuple[int, int] | None:
-    """(width, height) as stored, before any EXIF rotation, without decoding; None for an unreadable file."""
+def header_size(path: Path | str, *, at_least: int | None = None) -> tuple[int, int] | None:
+    """(width, height) that `read_rgb` would give, before any EXIF rotation, without decoding.
+
+    None for an unreadable file.
+    """
     try:
         with Image.open(path) as image:
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))
             return image.size
     except Exception:  # as in read_rgb, where it becomes an error that names the file
         return None

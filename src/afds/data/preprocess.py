@@ -46,7 +46,7 @@ class Preprocess:
 
     @property
     def shrink_to(self) -> int:
-        """Shorter side, in pixels, that no image needs to exceed: larger ones are shrunk when read.
+        """Shorter side, in pixels, that no image needs to exceed: clearly larger ones are shrunk when read.
 
         Part of the preprocessing, in training and after, so that a cached, a fresh and a later image agree.
         """

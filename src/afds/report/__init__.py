@@ -27,8 +27,6 @@ def write_report(run: Path | str) -> Path:
         raise RunFolderError(f"{run}: no such folder. Give the folder that `afds fit --out` wrote.")
     facts = read_facts(run)
     if facts.empty:
-        raise RunFolderError(
-            f"{run}: not a run folder, it has no config.json, structure.json or metrics.jsonl."
-        )
+        raise RunFolderError(f"{run}: not a run folder, it has no config.json, structure.json or metrics.jsonl.")
     write_atomic(run / NAME, render(facts))
     return run / NAME

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Facts:
     structure: dict[str, Any]
     labels: list[str]
     lines: list[dict[str, Any]]
+    base: Facts | None = None
+    """The dense fine-tuning on the same photos that this run began with."""
 
     @property
     def empty(self) -> bool:
@@ -70,7 +72,15 @@ class Facts:
 
 
 def read_facts(run: Path) -> Facts:
-    """All that is readable in the folder `run`."""
+    """All that is readable in the folder `run`, and in the run `base` in it."""
+    facts = _read(run)
+    base = _read(run / "base") if (run / "base").is_dir() else None
+    mark = sub(facts.config, "data").get("fingerprint")
+    alike = base is not None and isinstance(mark, str) and sub(base.config, "data").get("fingerprint") == mark
+    return replace(facts, base=base) if alike and base is not None and base.final else facts
+
+
+def _read(run: Path) -> Facts:
     labels = _json(run / "labels.json")
     config, structure = _json(run / "config.json"), _json(run / "structure.json")
     return Facts(

@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
@@ -26,7 +26,7 @@ _COLOURS = {"#010101": "--ink", "#020202": "--muted", "#030303": "--line", "#040
             "#060606": "--c", "#070707": "--d", "#080808": "--ghost"}  # fmt: skip
 _INK, _MUTED, _LINE, _A, _B, _C, _D, _GHOST = _COLOURS
 _SERIES = (_A, _B, _C, _D, _INK, _MUTED)
-_WIDTH, _DPI = 4.6, 100  # inches, pixels an inch: 460 px, so that text keeps its size on a phone
+_WIDTH, _WIDE = 4.2, 8.8  # inches of 72 SVG units: half the page, which is about a phone; the whole page
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 8.5, "axes.edgecolor": _LINE, "axes.labelcolor": _MUTED,
@@ -90,7 +90,7 @@ def accuracy_figure(facts: Facts) -> str:
 
 
 def entropy_figure(facts: Facts) -> str:
-    """AFD's attention: entropy of rho per stage, as a share of the largest possible where that is known."""
+    """AFD's attention: entropy of rho per stage, as a share of the largest possible, log C."""
     found: dict[str, list[Point]] = defaultdict(list)
     for line in facts.of_kind("step"):
         x = _epoch_of(line, facts)
@@ -100,27 +100,24 @@ def entropy_figure(facts: Facts) -> str:
                 found[name].append((x, y))
     if not found:
         return ""
-    units = sub(facts.structure, "units")
-    channels = {name: number(sub(units, name).get("channels")) for name in found}
-    relative = all(count is not None and count > 1 for count in channels.values())
 
     def draw(figure: Figure) -> None:
         ax = figure.subplots()
+        stages = {name: name.split(".")[0] for name in found}  # layer1.2.conv3: one unit a stage
+        labels = stages if len(set(stages.values())) == len(found) else {name: name for name in found}
         for colour, (name, points) in zip(_SERIES, found.items(), strict=False):
-            scale = 1 / math.log(channels[name] or 1) if relative else 1.0
-            ax.plot(*_xy(_thinned([(x, y * scale) for x, y in points])), color=colour, label=_short(name))
-        if relative:
-            ax.set_ylim(0, 1.05)
-        else:
-            ax.set_ylim(bottom=0)
-        _title(ax, "entropy of rho / log C" if relative else "entropy of rho, nats")
+            ax.plot(*_xy(_thinned(points)), color=colour, label=_short(labels[name]))
+        ax.set_ylim(0, 1.05)
         _finish(ax, facts, legend=True)
 
     return _svg(draw, 2.5, "Entropy of AFD's attention by stage of the network")
 
 
 def layers_figure(layers: Sequence[Layer]) -> str:
-    """MACs of each layer in the order in which they run: dense behind, counted before it."""
+    """MACs of each layer in the order in which they run: dense behind, counted before it.
+
+    Two drawings, of which the style sheet shows one: a wide one would be too small to read on a phone.
+    """
     layers = [layer for layer in layers if layer.cost.get("dense")]
     if not layers:
         return ""
@@ -131,12 +128,11 @@ def layers_figure(layers: Sequence[Layer]) -> str:
         ax = figure.subplots()
         ax.bar(x, [layer.cost["dense"] / unit for layer in layers], 0.86, color=_GHOST, label="dense")
         base = [0.0] * len(layers)
-        for part, colour, label in (
-            ("conv", _A, "computed"),
-            ("predictor", _B, "predictor"),
-            ("scaling", _C, "scaling"),
+        for parts, colour, label in (
+            (("conv", "scaling"), _A, "computed"),
+            (("predictor",), _B, "predictor"),
         ):
-            heights = [layer.cost.get(part, 0.0) / unit for layer in layers]
+            heights = [sum(layer.cost.get(part, 0.0) for part in parts) / unit for layer in layers]
             if any(heights):
                 ax.bar(x, heights, 0.86, bottom=base, color=colour, label=label)
             base = [a + b for a, b in zip(base, heights, strict=True)]
@@ -147,7 +143,8 @@ def layers_figure(layers: Sequence[Layer]) -> str:
         ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
         _legend(ax)
 
-    return _svg(draw, 2.9, "MACs of each layer, dense and counted", width=9.4)
+    title = "MACs of each layer, dense and counted"
+    return _svg(draw, 2.9, title, width=_WIDE, css="wide") + _svg(draw, 2.5, title, css="narrow")
 
 
 def _weight(facts: Facts, name: str) -> float:
@@ -215,10 +212,10 @@ def _short(name: str) -> str:
     return name if len(name) <= 24 else "..." + name[-21:]
 
 
-def _svg(draw: Any, height: float, title: str, width: float = _WIDTH) -> str:
+def _svg(draw: Callable[[Figure], None], height: float, title: str, *, width: float = _WIDTH, css: str = "plot") -> str:
     """The drawing as an <svg> element that fits into an HTML page."""
     with rc_context({**_STYLE, "svg.hashsalt": title}):
-        figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -226,15 +223,11 @@ def _svg(draw: Any, height: float, title: str, width: float = _WIDTH) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.S)
-    svg = (
-        re.sub(r'\s(xmlns(:xlink)?|version|width|height)="[^"]*"', "", svg[: svg.index(">")])
-        + svg[svg.index(">") :]
-    )
-    prefix = re.sub(r"\W+", "", title)
+    svg = re.sub(r'\s(xmlns(:xlink)?|version|width|height)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
+    prefix = re.sub(r"\W+", "", title) + css
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = svg.replace('href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-")
     for colour, variable in _COLOURS.items():
         svg = svg.replace(colour, f"var({variable})")
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--font)", svg)
-    head = f'<svg role="img" aria-label="{escape(title)}" class="{"wide" if width > _WIDTH else "plot"}"'
-    return head + svg[len("<svg") :]
+    return f'<svg role="img" aria-label="{escape(title)}" class="{css}"' + svg[len("<svg") :]

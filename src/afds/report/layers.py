@@ -10,16 +10,16 @@ NOTE = (
     f"of the counted. A density of {DASH} means that the layer follows another one, or never selects."
 )
 _COLUMNS = (
-    ("#", "num"),
+    ("#", "num lo"),
     ("layer", ""),
     ("density", "num"),
-    ("k of C", "num"),
+    ("k of C", "num lo"),
     ("in", "num lo"),
     ("out", "num lo"),
     ("dense", "num lo"),
     ("counted", "num"),
     ("predictor", "num lo"),
-    ("counted / dense", "bar"),
+    ("of dense", "bar"),
 )
 
 
@@ -52,7 +52,7 @@ def _row(position: int, layer: Layer) -> str:
     predictor = min(max(cost.get("predictor", 0.0) / counted, 0.0), 1.0) if counted > 0 else 0.0
     values = (
         str(position),
-        text(layer.name),
+        text(layer.name).replace(".", ".<wbr>"),
         DASH if density is None else f"{density:.2f}",
         plain(channels) if k is None or channels is None else f"{k:g} of {channels:g}",
         plain(cost.get("active_in")),
@@ -63,6 +63,4 @@ def _row(position: int, layer: Layer) -> str:
         bar(share, predictor),
     )
     cells = zip(_COLUMNS, values, strict=True)
-    return (
-        "<tr>" + "".join(f'<td class="{css or "name"}">{value}</td>' for (_, css), value in cells) + "</tr>"
-    )
+    return "<tr>" + "".join(f'<td class="{css or "name"}">{value}</td>' for (_, css), value in cells) + "</tr>"

@@ -55,18 +55,14 @@ def _section(title: str, content: str) -> str:
 
 def _headline(facts: Facts) -> str:
     what = (facts.structure.get("arch") or facts.options.get("source"), facts.options.get("method"))
-    line = f" {DOT} ".join(
-        f"<span>{text(part)}</span>" for part in (*what, facts.options.get("data")) if part
-    )
+    line = f" {DOT} ".join(f"<span>{text(part)}</span>" for part in (*what, facts.options.get("data")) if part)
     tiles = [
         _accuracy_tile(facts, "test", "test accuracy"),
         _accuracy_tile(facts, "val", "validation accuracy"),
     ]
     counted, dense, ratio = (facts.total(key) for key in ("counted_macs", "dense_macs", "ratio"))
     if counted is not None:
-        tiles.append(
-            _tile(macs(counted), "MACs per image", [f"of {macs(dense)} dense", "predictors included"])
-        )
+        tiles.append(_tile(macs(counted), "MACs per image", [f"of {macs(dense)} dense", "predictors included"]))
     if ratio is not None:
         budget = facts.final.get("budget")
         tiles.append(_tile(f"{ratio:.2f}{TIMES}", "fewer MACs", [f"asked: {text(budget)}" if budget else ""]))
@@ -78,14 +74,14 @@ def _headline(facts: Facts) -> str:
 
 
 def _accuracy_tile(facts: Facts, split: str, name: str) -> str:
-    metrics, reference = sub(facts.final, split), sub(sub(facts.final, "reference"), split)
+    metrics, reference = sub(facts.final, split), sub(facts.base.final if facts.base else {}, split)
     shares = {key: number(metrics.get(key)) for key in ("top1", "balanced_accuracy", "top5")}
     top1 = shares["top1"]
     if top1 is None:
         return ""
     notes = [margin(top1, number(metrics.get("images")))]
     shares["dense"] = number(reference.get("top1"))
-    for key, label in (("dense", "dense"), ("balanced_accuracy", "class mean"), ("top5", "top 5")):
+    for key, label in (("dense", "before selection"), ("balanced_accuracy", "class mean"), ("top5", "top 5")):
         share = shares[key]
         if share is not None:
             notes.append(f"{label} {percent(share)}")
@@ -124,12 +120,9 @@ def _channels(facts: Facts) -> str:
     every = sum(totals.values())
     if every <= 0:
         return ""
-    bars = "".join(
-        f'<i class="{kind}" style="width:{100 * n / every:.2f}%"></i>' for kind, n in totals.items()
-    )
+    bars = "".join(f'<i class="{kind}" style="width:{100 * n / every:.2f}%"></i>' for kind, n in totals.items())
     keys = "".join(
-        f'<li><i class="{kind}"></i><b>{n:,.0f}</b> {kind}, {CHANNELS[kind]}</li>'
-        for kind, n in totals.items()
+        f'<li><i class="{kind}"></i><b>{n:,.0f}</b> {kind}, {CHANNELS[kind]}</li>' for kind, n in totals.items()
     )
     return f'<div class="stack">{bars}</div><ul class="keys">{keys}</ul>'
 

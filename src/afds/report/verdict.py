@@ -8,12 +8,8 @@ import re
 from afds.report.facts import Facts, number, sub
 
 WORTH_IT = 1.1  # fewer MACs than this many times: nothing that a user would notice
-NO_TEST = (
-    "There was no test split: choices were made on the validation images, so their accuracy is flattered."
-)
-NOT_TIME = (
-    "MACs are counted, not timed: time falls only where a runtime skips the channels that were not chosen."
-)
+NO_TEST = "There was no test split: choices were made on the validation images, so their accuracy is flattered."
+NOT_TIME = "MACs are counted, not timed: time falls only where a runtime skips the channels that were not chosen."
 
 Sentence = tuple[str, str]  # `good`, `bad` or `plain`; the sentence
 
@@ -55,15 +51,16 @@ def _asked(facts: Facts) -> float | None:
 
 
 def _accuracy(facts: Facts) -> list[Sentence]:
-    """Against the dense reference where one is recorded, else against the end of the epochs at d = 1."""
+    """Against the fine-tuning that this run began with, else against the end of the epochs at d = 1."""
     final = facts.final
-    for split, name in (("test", "test"), ("val", "validation")):
-        ours, reference = sub(final, split), sub(sub(final, "reference"), split)
-        top1, dense = number(ours.get("top1")), number(reference.get("top1"))
-        if top1 is not None and dense is not None:
-            return [
-                _compare(top1, dense, number(ours.get("images")), name, "the dense network, trained alike")
-            ]
+    if facts.base is not None:
+        dense = not sub(facts.base.structure, "units")
+        what = "the dense network that it began with" if dense else "the network at d = 1 that it began with"
+        for split, name in (("test", "test"), ("val", "validation")):
+            ours, theirs = sub(final, split), sub(facts.base.final, split)
+            top1, other = number(ours.get("top1")), number(theirs.get("top1"))
+            if top1 is not None and other is not None:
+                return [_compare(top1, other, number(ours.get("images")), name, what)]
     epochs, val = facts.of_kind("epoch"), sub(final, "val")
     warm = [number(line.get("val_top1")) for line in epochs if line.get("phase") == "warm"]
     fell = any(line.get("phase") in ("descent", "final") for line in epochs)
@@ -81,7 +78,8 @@ def _compare(ours: float, other: float, images: float | None, split: str, what: 
     noise = 196 * math.sqrt(spread / images) if images else 0.0  # points, two independent sets of images
     told = f"{100 * ours:.1f} % on the {split} images, against {100 * other:.1f} % of {what}"
     if lost < 0.05:
-        return "good", f"No accuracy was lost: {told}."
+        told_by = f", as far as {images:,.0f} images can tell" if images and -lost <= noise else ""
+        return "good", f"No accuracy was lost{told_by}: {told}."
     if lost <= noise:
         chance = f"So few images cannot tell that from chance (\u00b1 {noise:.1f} points)."
         return "plain", f"{lost:.1f} points were lost: {told}. {chance}"

@@ -1,0 +1,7 @@
+"""`python -m afds` is `afds`."""
+
+import sys
+
+from afds.cli import main
+
+sys.exit(main())

@@ -1,0 +1,75 @@
+"""The command line: `afds VERB ...`. It knows all the rest, and nothing knows it.
+
+Only the verb that was asked for is imported, so that `afds --help` need not wait for torch.
+Exit codes: 0 done; 1 a fault of the program, or images that could not be read; 2 something the user can mend;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+
+HELP = """\
+usage: afds VERB ...
+
+afds makes a classifier for your photos from a pretrained network, at a fraction of the network's cost.
+
+  afds demo                           see the whole job on data that needs no download
+  afds fit PHOTOS --budget 5x --out RUN
+                                      train on PHOTOS/CLASS/*.jpg (from --source resnet50)
+  afds evaluate RUN PHOTOS            accuracy and MACs on labelled photos
+  afds predict RUN cat.jpg more/      what is in a photo
+  afds report RUN                     draw RUN/report.html again
+
+RUN is a folder: weights, class names, preprocessing, structure, and the record of how it came about.
+`afds VERB --help` tells a verb's options, `afds --version` the version.
+"""
+VERBS = ("fit", "evaluate", "predict", "report", "demo")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code. argv: without the program's name, by default the command line."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        hint = " Go on with: afds fit --resume RUN" if arguments[:1] == ["fit"] else ""
+        print(f"\nafds: interrupted.{hint}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains
+        return 0
+    except SystemExit as stop:  # tyro, after help or a wrong option
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except Exception as error:
+        from afds.errors import AfdsError
+
+        if not isinstance(error, AfdsError):
+            raise
+        print(f"afds: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if arguments[0] in ("-V", "--version", "version"):
+        from afds import __version__
+
+        print(f"afds {__version__}")
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        print(f"afds: error: unknown verb {verb!r}.{hint} Verbs: {', '.join(VERBS)}.", file=sys.stderr)
+        return 2
+    from afds import commands
+
+    return commands.run(verb, rest)

@@ -1,0 +1,176 @@
+"""What each verb of the command line takes and does. Dataclasses are the options, docstrings their help."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from afds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from afds.evaluation import FolderResult
+    from afds.inference import Prediction
+
+ALL_CLASSES = 20  # up to so many the table of accuracies is shown in full, beyond only its weaker half of that
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Accuracy of a run on labelled photos, and what the network costs on them.
+
+    The folders of DATA are matched to the run's classes by name.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folder, as `afds fit` wrote it."""
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folder of class folders, or one with train/ and test/ in it."""
+    split: Literal["auto", "test", "val", "train", "all"] = "auto"
+    """Which images. auto: test/ where there is one; the images held out by this run where DATA is what it was
+    fitted on; else all."""
+    batch_size: int = 32
+    """Images at a time."""
+    json: bool = False
+    """Print JSON in place of a table."""
+
+    def __post_init__(self) -> None:
+        _at_least("batch-size", self.batch_size, 1)
+
+
+@dataclass(frozen=True)
+class Predict:
+    """The most probable classes of photos.
+
+    Unreadable files are named on the way and make the exit code 1.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folder, as `afds fit` wrote it."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...")]
+    """Photos, or folders with photos anywhere in them; any number."""
+    top_k: int = 5
+    """How many classes to show."""
+    batch_size: int = 32
+    """Images at a time. 1 answers soonest."""
+    json: bool = False
+    """Print one line of JSON for each image."""
+
+    def __post_init__(self) -> None:
+        _at_least("top-k", self.top_k, 1)
+        _at_least("batch-size", self.batch_size, 1)
+        if not self.images:
+            raise ConfigError("afds predict needs a photo or a folder of photos: afds predict RUN IMAGE ...")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Draw report.html again from the files of a run folder, also of one that is still training."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folder."""
+
+
+def run(verb: str, arguments: list[str]) -> int:
+    """Parse the options of `verb` and do it; returns the exit code.
+
+    Raises AfdsError for what the user can mend, SystemExit after help and for options that cannot be read.
+    """
+    return {"fit": _fit, "evaluate": _evaluate, "predict": _predict, "report": _report, "demo": _demo}[verb](arguments)
+
+
+def _fit(arguments: list[str]) -> int:
+    from afds.config import FitConfig
+
+    config = tyro.cli(FitConfig, prog="afds fit", args=arguments, description=FitConfig.__doc__)
+    from afds.fit import fit
+
+    fit(config)
+    return 0
+
+
+def _demo(arguments: list[str]) -> int:
+    from afds.demo import DemoConfig, demo
+
+    demo(tyro.cli(DemoConfig, prog="afds demo", args=arguments))
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    options = tyro.cli(Evaluate, prog="afds evaluate", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    from afds.evaluation import evaluate_folder
+
+    result = evaluate_folder(options.run, options.data, options.split, batch_size=options.batch_size)
+    if options.json:
+        print(jsonlib.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False))
+    else:
+        _show(result)
+    return 0
+
+
+def _show(result: FolderResult) -> None:
+    console, metrics, cost = Console(highlight=False), result.metrics, result.metrics.cost
+    table = Table(title=f"{metrics.images} images ({result.split})", show_header=False)
+    table.add_row("accuracy", f"{metrics.top1:.1%}")
+    if metrics.top5 is not None:
+        table.add_row("top 5", f"{metrics.top5:.1%}")
+    table.add_row("mean over classes", f"{metrics.balanced_accuracy:.1%}")
+    table.add_row("cross-entropy", f"{metrics.cross_entropy:.3f}")
+    if cost is not None:
+        table.add_row("MACs per image", f"{cost.counted / 1e6:.1f} M of {cost.dense / 1e6:.1f} M dense")
+        table.add_row("fewer MACs", f"{cost.ratio:.2f}x")
+    console.print(table)
+    shares = zip(metrics.per_class, result.labels, strict=True)
+    known = sorted((share, label) for share, label in shares if share is not None)
+    shown = known if len(known) <= ALL_CLASSES else known[: ALL_CLASSES // 2]
+    title = "accuracy by class" if shown == known else f"the {len(shown)} weakest of {len(known)} classes"
+    console.print(f"{title}:", markup=False)
+    for share, label in shown:
+        console.print(f"  {share:6.1%}  {label}", markup=False, soft_wrap=True)
+    for note in result.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def _predict(arguments: list[str]) -> int:
+    options = tyro.cli(Predict, prog="afds predict", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    from afds.inference import image_files, load
+
+    model, unreadable = load(options.run), 0
+    files = image_files(options.images)
+    for prediction in model.stream(files, options.top_k, options.batch_size, on_error="report"):
+        if prediction.error is not None:
+            unreadable += 1
+            if not options.json:
+                print(f"afds: {prediction.error}", file=sys.stderr)
+        if options.json:
+            print(_line(prediction))
+        elif prediction.error is None:
+            top = ", ".join(f"{label} {share:.1%}" for label, share in prediction.top)
+            print(f"{prediction.path}: {top}")
+    return 1 if unreadable else 0
+
+
+def _line(prediction: Prediction) -> str:
+    """One image as JSON."""
+    top = [{"label": label, "probability": round(share, 6)} for label, share in prediction.top]
+    line = {"path": str(prediction.path), "top": top}
+    return jsonlib.dumps(line | ({"error": prediction.error} if prediction.error else {}), ensure_ascii=False)
+
+
+def _report(arguments: list[str]) -> int:
+    options = tyro.cli(Report, prog="afds report", args=arguments)
+    from afds.report import write_report
+
+    print(write_report(options.run))
+    return 0
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"--{name} must be {least} or more, got {value}.")

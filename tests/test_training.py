@@ -1,0 +1,202 @@
+"""Runs on handwritten digits, small enough to be done in seconds: the whole pipeline, resumed and repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from afds import fit as fit_module
+from afds.artifact import is_run, load_run
+from afds.config import DataConfig, DescentConfig, FitConfig, OptimConfig, resolve_method
+from afds.data import write_digits
+from afds.errors import BudgetError, ConfigError, DataError, RunFolderError
+from afds.fit import fit, read_result
+from afds.training import Task, learning_rate, parameter_groups
+
+ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}'
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("data") / "digits", range(3), per_class=20, test_per_class=10)
+
+
+def options(data: Path, out: Path, **changes: Any) -> FitConfig:
+    config = FitConfig(
+        data=data, out=out, source="resnet18", arch_args=ARCH, method="scratch+afs", budget="3x",
+        data_options=DataConfig(input_size=32, flip=False, workers=0, val_fraction=0.2),
+        optim=OptimConfig(epochs=4, batch_size=8, lr=0.05), descent=DescentConfig(stages=3, images=8),
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+def lines(out: Path, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    fit(options(digits, out), quiet=True)
+    return out
+
+
+def test_run_folder_is_whole(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "config.json", "model.safetensors", "structure.json", "labels.json", "preprocess.json", "metrics.jsonl",
+        "report.html",
+    }  # fmt: skip
+    assert not [n for n in names if n.endswith((".pkl", ".pt", ".ckpt", ".part", ".tmp"))]
+
+
+def test_budget_is_met_on_validation_images(finished: Path) -> None:
+    result = read_result(finished)
+    assert result.cost.ratio >= 3.0
+    assert lines(finished, "final")[0]["ratio"] == pytest.approx(result.cost.ratio)
+    stages = lines(finished, "stage")
+    assert len(stages) == 3
+    assert [s["target_ratio"] for s in stages] == pytest.approx([3 ** (1 / 3), 3 ** (2 / 3), 3.0])
+
+
+def test_record_says_what_is_needed_to_repeat(finished: Path) -> None:
+    config = json.loads((finished / "config.json").read_text())
+    assert config["config"]["seed"] == 0
+    assert config["hardware"]["versions"]["torch"] == torch.__version__
+    assert config["data"]["train"] == 48
+    assert {"loss", "lr", "wait_share", "images_per_s"} <= set(lines(finished, "step")[0])
+    assert len(lines(finished, "epoch")) == 4
+
+
+def test_same_seed_same_network(digits: Path, finished: Path, tmp_path: Path) -> None:
+    fit(options(digits, tmp_path / "again"), quiet=True)
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_resumed_run_ends_where_the_unbroken_one_does(
+    digits: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    """Ctrl-C in the middle of an epoch: before, inside and after the descent."""
+    out = tmp_path / "broken"
+    seen = []
+
+    def interrupt(self: object, event: dict[str, Any]) -> None:
+        if "epoch_done" in event:
+            seen.append(event)
+        elif len(seen) == stop_after and event["step"] % 6 == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module.Progress, "update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(options(digits, out), quiet=True)
+    assert (out / "last.ckpt").exists()
+    assert not is_run(out)
+    with pytest.raises(RunFolderError, match=f"--resume {out}"):
+        fit(options(digits, out), quiet=True)
+    fit(FitConfig(resume=out), quiet=True)
+    assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    ours, theirs = lines(out, "epoch"), lines(finished, "epoch")
+    assert [line["val_ce"] for line in ours] == [line["val_ce"] for line in theirs]
+    assert [line["epoch"] for line in ours] == [0, 1, 2, 3]
+
+
+def test_afds_goes_through_a_dense_base_and_keeps_its_classifier(digits: Path, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "afds"
+    weights = tmp_path / "weights"
+    fit(options(digits, weights, method="scratch+dense", budget=""), quiet=True)
+    result = fit(options(digits, out, method="afds", source=str(weights), budget="2x"), quiet=True)
+    assert not (out / "base").exists()  # the source knows these very classes: it is the base
+    assert result.cost.ratio >= 2
+    assert {"ce", "afd", "kd", "hints", "entropy"} <= set(lines(out, "step")[0])
+
+    other = write_digits(tmp_path / "digits-3-5", range(3, 6), per_class=10, test_per_class=5)
+    transfer = options(other, tmp_path / "transfer", method="afds", source=str(weights), budget="2x", base_epochs=2)
+    fit(transfer, quiet=True)
+    assert is_run(tmp_path / "transfer/base")
+    assert load_run(tmp_path / "transfer/base").selection is None
+    assert load_run(tmp_path / "transfer").labels == ("five", "four", "three")
+
+
+def test_source_step_runs_first_with_selection(digits: Path, tmp_path: Path) -> None:
+    other = write_digits(tmp_path / "target", range(3, 5), per_class=10, test_per_class=5)
+    out = tmp_path / "run"
+    weights = tmp_path / "weights"
+    fit(options(digits, weights, method="scratch+dense", budget=""), quiet=True)
+    config = options(other, out, method="afds-paper", source_data=digits, source_epochs=1, budget="2x",
+                     source=f"resnet18:{weights / 'model.safetensors'}")  # fmt: skip
+    fit(config, quiet=True)
+    source = load_run(out / "source")
+    assert source.selection is not None
+    assert source.labels == ("one", "two", "zero")
+    assert load_run(out).labels == ("four", "three")
+    assert {"ce", "afd"} <= set(lines(out, "step")[0])
+    assert "kd" not in lines(out, "step")[0]
+
+
+def test_paper_method_turns_ours_off() -> None:
+    config = resolve_method(FitConfig(method="afds-paper"))
+    assert not config.selection.standardise
+    assert not config.selection.importance
+    assert config.distillation.logits == config.distillation.hints == 0
+    assert config.descent.allocation == "uniform"
+    assert config.budget == "5x"
+    assert resolve_method(FitConfig(method="l2")).budget == "1x"
+
+
+def test_bad_requests_are_refused_before_training(digits: Path, finished: Path, tmp_path: Path) -> None:
+    def refused(error: type[Exception], match: str, **changes: Any) -> None:
+        with pytest.raises(error, match=match):
+            fit(options(digits, tmp_path / "never", **changes), quiet=True)
+        assert not (tmp_path / "never" / "metrics.jsonl").exists()
+
+    refused(BudgetError, "cannot be reached", budget="100000x")
+    refused(ConfigError, "cannot meet a budget", method="scratch+dense")
+    refused(ConfigError, "not JSON", arch_args="{")
+    refused(RunFolderError, "not empty", out=finished)
+    refused(ConfigError, "needs --out", out=None)
+    refused(RunFolderError, "finished", resume=finished)
+    with pytest.raises(ConfigError, match="Unknown method 'magic'"):
+        FitConfig(method="magic")
+
+
+def test_changed_photos_are_not_resumed(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "photos"
+    shutil.copytree(digits, data)
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module.Progress, "update", lambda self, event: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fit(options(data, tmp_path / "run"), quiet=True)
+    next((data / "train/one").iterdir()).unlink()
+    with pytest.raises(DataError, match="photos have changed"):
+        fit(FitConfig(resume=tmp_path / "run"), quiet=True)
+
+
+def test_predictors_have_a_rate_of_their_own(tiny_resnet: torch.nn.Module) -> None:
+    from afds.selection import gates, select
+
+    task = Task(select(tiny_resnet), None, FitConfig())
+    groups = parameter_groups(task, OptimConfig(predictor_lr=3.0))
+    predicting = {id(g.predictor.weight) for g in gates(task.network).values()}
+    assert {id(p) for p in groups[1]["params"]} == predicting
+    assert groups[1]["multiple"] == 3.0
+    assert sum(len(g["params"]) for g in groups) == len(list(task.parameters()))
+    assert all(p.ndim == 1 for p in groups[2]["params"])
+
+
+def test_learning_rate_shapes() -> None:
+    cosine = [learning_rate(s, 100, OptimConfig(lr=1.0)) for s in range(100)]
+    assert cosine[0] == pytest.approx(0.2)
+    assert max(cosine) == pytest.approx(1.0)
+    assert cosine[-1] < 0.01
+    step = [learning_rate(s, 100, OptimConfig(lr=1.0, schedule="step")) for s in range(100)]
+    assert step[66] == pytest.approx(1.0)
+    assert step[67] == pytest.approx(0.1)
