@@ -83,11 +83,14 @@ def randomise_bn(model: nn.Module, seed: int = 0, *, zeros: float = 0.15, by_bia
     return model
 
 
-def train_like(model: nn.Module, seed: int = 0, *, static: float = 0.3, pruned: float = 0.2) -> nn.Module:
+def train_like(
+    model: nn.Module, seed: int = 0, *, static: float = 0.3, pruned: float = 0.2, spread: float = 2.0
+) -> nn.Module:
     """Give the gates of a selective network what a training would: weights, biases, statistics, masks.
 
     Args:
         static, pruned: share of the channels; at least one of each layer stays kept.
+        spread: standard deviation of the predictors' weights.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -100,7 +103,7 @@ def train_like(model: nn.Module, seed: int = 0, *, static: float = 0.3, pruned: 
     with torch.no_grad():
         for gate in gates(model).values():
             predictor = gate.predictor
-            predictor.weight.copy_(normal(predictor.weight, 2.0))
+            predictor.weight.copy_(normal(predictor.weight, spread))
             predictor.bias.add_(normal(predictor.bias, 0.3))
             gate.gamma.add_(normal(gate.gamma, 0.3))  # some fall below zero
             gate.importance.copy_(0.5 + uniform(gate.importance))

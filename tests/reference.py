@@ -76,9 +76,7 @@ def gate(x_BCHW: np.ndarray, unit: SelectiveConvBN, density: str, training: bool
     pi_BC, active_BC = np.zeros((images, channels)), np.zeros((images, channels), bool)
     for b in range(images):
         h = [max(0.0, sum(w_OI[c, i] * p_BC[b, i] for i in range(p_BC.shape[1])) + bias[c]) for c in range(channels)]
-        if g.predictor.bounded:
-            total = sum(h)
-            h = [v * float(g.predictor.sum_at_start) / total for v in h]
+        h = [min(v, float(g.predictor.ceiling)) for v in h]
         q = [h[c] if g.dynamic[c] else max(0.0, gamma[c]) for c in range(channels)]
         q = [q[c] if g.kept[c] else 0.0 for c in range(channels)]
         ranking = sorted(range(channels), key=lambda c: q[c] * importance[c], reverse=True)

@@ -14,7 +14,7 @@ from torch import nn
 from afds.artifact import save_run
 from afds.cost import measure_cost
 from afds.data import Preprocess
-from afds.fit import cost_summary
+from afds.fitting import cost_summary
 from afds.selection import SelectionConfig, gates, select, set_density
 from networks import randomise_bn, train_like
 

@@ -126,10 +126,10 @@ def test_report(run: Path, capsys: Captured) -> None:
 
 def test_fit_and_demo_get_their_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import afds.demo
-    import afds.fit
+    import afds.fitting
 
     given: list[Any] = []
-    monkeypatch.setattr(afds.fit, "fit", given.append)
+    monkeypatch.setattr(afds.fitting, "fit", given.append)
     monkeypatch.setattr(afds.demo, "demo", given.append)
     wanted = ["photos", "--source", "resnet18", "--budget", "10x", "--out", "run", "--optim.epochs", "3"]
     assert main(["fit", *wanted]) == 0

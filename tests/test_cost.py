@@ -131,7 +131,7 @@ def test_the_count_is_the_number_of_products(name: str, density: float) -> None:
     mobile = name.startswith("mobile")
     # A depthwise channel is computed if it arrives, even where gamma = beta = 0 makes zero of it afterwards.
     model = transparent(randomise_bn(FAMILIES[name](), zeros=0.0 if mobile else 0.15, by_bias=True))
-    selected = train_like(select(model, density=density)).eval()
+    selected = train_like(select(model, density=density), spread=0.5).eval()  # sigmoids must not saturate to 0
     cost = check(selected, images(side=64 if mobile else 32))
     assert cost.counted < cost.dense
     assert all(layer.dense > 0 for layer in cost.layers.values())

@@ -55,7 +55,7 @@ def test_squared_option_squares() -> None:
     afd = AttentiveDistillation({"a": 4}, squared=True)
     target, source = {"a": torch.full((1, 3, 2, 2), 2.0)}, {"a": torch.zeros(1, 3, 2, 2)}
     loss, _ = afd(target, source)
-    assert float(loss) == pytest.approx(16.0, rel=1e-5)  # 4 positions times 2 squared, rho sums to 1
+    assert float(loss.detach()) == pytest.approx(16.0, rel=1e-5)  # 4 positions times 2 squared, rho sums to 1
 
 
 def test_gradient_is_finite_where_features_agree() -> None:

@@ -144,14 +144,14 @@ def test_own_held_out_images(run: Path, tmp_path: Path) -> None:
     """On the photos it was fitted on, `auto` takes what the run held out and never a training image."""
     from afds.config import FitConfig, to_json
     from afds.data import make_splits
-    from afds.fit import _photos
+    from afds.fitting import read_photos
     from afds.progress import Progress
 
     photos = tmp_path / "photos"
     paths = write_photos(photos, each=8)
     paths[0].write_text("no image")
     options = FitConfig(data=photos, seed=3, data_options=DataConfig(val_fraction=0.25, skip_unreadable=True))
-    splits, facts = _photos(options, Progress(quiet=True))
+    splits, facts = read_photos(options, Progress(quiet=True))
     (run / "config.json").write_text(json.dumps({"config": to_json(options), "data": facts}))
     moved = photos.rename(tmp_path / "moved")
     assert splits.test is not None

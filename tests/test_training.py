@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from afds import fit as fit_module
+from afds import fitting
 from afds.artifact import is_run, load_run
 from afds.config import DataConfig, DescentConfig, FitConfig, OptimConfig, resolve_method
 from afds.data import write_digits
 from afds.errors import BudgetError, ConfigError, DataError, RunFolderError
-from afds.fit import fit, read_result
+from afds.fitting import fit, read_result
 from afds.training import Task, learning_rate, parameter_groups
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}'
@@ -27,7 +27,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_digits(tmp_path_factory.mktemp("data") / "digits", range(3), per_class=20, test_per_class=10)
 
 
-def options(data: Path, out: Path, **changes: Any) -> FitConfig:
+def options(data: Path, out: Path | None, **changes: Any) -> FitConfig:
     config = FitConfig(
         data=data, out=out, source="resnet18", arch_args=ARCH, method="scratch+afs", budget="3x",
         data_options=DataConfig(input_size=32, flip=False, workers=0, val_fraction=0.2),
@@ -89,13 +89,13 @@ def test_resumed_run_ends_where_the_unbroken_one_does(
     seen = []
 
     def interrupt(self: object, event: dict[str, Any]) -> None:
-        if "epoch_done" in event:
+        if "done" in event:
             seen.append(event)
         elif len(seen) == stop_after and event["step"] % 6 == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module.Progress, "update", interrupt)
+        patch.setattr(fitting.Progress, "update", interrupt)
         with pytest.raises(KeyboardInterrupt):
             fit(options(digits, out), quiet=True)
     assert (out / "last.ckpt").exists()
@@ -153,9 +153,9 @@ def test_paper_method_turns_ours_off() -> None:
 
 
 def test_bad_requests_are_refused_before_training(digits: Path, finished: Path, tmp_path: Path) -> None:
-    def refused(error: type[Exception], match: str, **changes: Any) -> None:
+    def refused(error: type[Exception], match: str, out: Path | None = tmp_path / "never", **changes: Any) -> None:
         with pytest.raises(error, match=match):
-            fit(options(digits, tmp_path / "never", **changes), quiet=True)
+            fit(options(digits, out, **changes), quiet=True)
         assert not (tmp_path / "never" / "metrics.jsonl").exists()
 
     refused(BudgetError, "cannot be reached", budget="100000x")
@@ -172,7 +172,7 @@ def test_changed_photos_are_not_resumed(digits: Path, tmp_path: Path, monkeypatc
     data = tmp_path / "photos"
     shutil.copytree(digits, data)
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module.Progress, "update", lambda self, event: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(fitting.Progress, "update", lambda self, event: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fit(options(data, tmp_path / "run"), quiet=True)
     next((data / "train/one").iterdir()).unlink()

@@ -1,13 +1,13 @@
 """afds: transfer a pretrained CNN to your photos, several times cheaper.
 
-    import afds
+import afds
 
-    result = afds.fit(afds.FitConfig(data=Path("photos"), source="resnet50", budget="5x", out=Path("run")))
-    model = afds.load("run")
-    model.predict("cat.jpg").label
+result = afds.fit(afds.FitConfig(data=Path("photos"), source="resnet50", budget="5x", out=Path("run")))
+model = afds.load("run")
+model.predict("cat.jpg").label
 
-    selective = afds.select(timm.create_model("resnet50", pretrained=True))     # the parts by themselves
-    afds.set_density(selective, 0.4)
+selective = afds.select(timm.create_model("resnet50", pretrained=True))     # the parts by themselves
+afds.set_density(selective, 0.4)
 """
 
 from __future__ import annotations
@@ -15,24 +15,33 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from afds._torchvision import import_torchvision as _import_torchvision
+from afds._torchvision import mend_torchvision
 
 if TYPE_CHECKING:
     from afds.config import FitConfig
     from afds.distillation import AttentiveDistillation
-    from afds.fit import fit
+    from afds.fitting import fit
     from afds.inference import load
     from afds.selection import SelectionConfig, select, set_density
 
 __version__ = "0.1.0"
-__all__ = ["AttentiveDistillation", "FitConfig", "SelectionConfig", "__version__", "fit", "load", "select", "set_density"]
+__all__ = [
+    "AttentiveDistillation",
+    "FitConfig",
+    "SelectionConfig",
+    "__version__",
+    "fit",
+    "load",
+    "select",
+    "set_density",
+]
 
-_LIBRARY = _import_torchvision()  # before anything imports timm; the handle keeps what it declared
+mend_torchvision()  # waits for whoever imports torchvision first, timm say; costs nothing until then
 _HOMES = {
     "AttentiveDistillation": "distillation",
     "FitConfig": "config",
     "SelectionConfig": "selection",
-    "fit": "fit",
+    "fit": "fitting",
     "load": "inference",
     "select": "selection",
     "set_density": "selection",
@@ -43,7 +52,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'afds' has no attribute {name!r}")
     value = getattr(import_module(f"afds.{_HOMES[name]}"), name)
-    globals()[name] = value  # `import afds.fit` would otherwise leave the module under the function's name
+    globals()[name] = value
     return value
 
 

@@ -89,7 +89,7 @@ def _fit(arguments: list[str]) -> int:
     from afds.config import FitConfig
 
     config = tyro.cli(FitConfig, prog="afds fit", args=arguments, description=FitConfig.__doc__)
-    from afds.fit import fit
+    from afds.fitting import fit
 
     fit(config)
     return 0

@@ -19,7 +19,7 @@ from afds.artifact import is_run
 from afds.config import DataConfig, DescentConfig, FitConfig, OptimConfig
 from afds.data import write_digits
 from afds.errors import ConfigError
-from afds.fit import FitResult, fit, read_result
+from afds.fitting import FitResult, fit, read_result
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "stem_width": 16}'
 ROWS = (("scratch", "scratch", "1x"), ("plain fine-tuning", "l2+dense", "1x"),
@@ -53,8 +53,9 @@ def demo(config: DemoConfig) -> Path:
                  test_per_class=100, seed=0)  # fmt: skip
     data_options = DataConfig(input_size=32, flip=False, scale=0.7, workers=0, val_fraction=0.2)
     dense, selective = config.out / "source-dense", config.out / "source"
-    first = FitConfig(data=config.out / "digits-0-4", source="resnet18", arch_args=ARCH, method="scratch+afs", budget="1x",
-                      data_options=data_options, optim=OptimConfig(epochs=12, batch_size=32, lr=0.05))  # fmt: skip
+    first = FitConfig(data=config.out / "digits-0-4", source="resnet18", arch_args=ARCH, method="scratch+afs",
+                      budget="1x", data_options=data_options,
+                      optim=OptimConfig(epochs=12, batch_size=32, lr=0.05))  # fmt: skip
     console.print("Source: digits 0 to 4, with selection at d = 1, and without for the plain rows.")
     _once(dataclasses.replace(first, out=selective))
     _once(dataclasses.replace(first, out=dense, method="scratch+dense"))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,17 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from afds.artifact import Run, load_run
 from afds.cost import Cost, CostMeter
-from afds.data import Folder, ImageDataset, Item, eval_transform, make_loader, make_splits, scan
+from afds.data import (
+    Folder,
+    ImageDataset,
+    Item,
+    Unreadable,
+    eval_transform,
+    make_loader,
+    make_splits,
+    scan,
+    without,
+)  # fmt: skip
 from afds.errors import AfdsError, DataError
 
 SPLITS = ("auto", "test", "val", "train", "all")
@@ -65,14 +74,18 @@ def evaluate(
     device: where the batches are moved to; by default where the network's weights are.
     count_macs: count the MACs on the way, which costs little beside the forward.
     progress: called after each batch with the images seen so far.
-    Where torch.distributed runs, all ranks call it together and each returns the figures of all images
-    (the cost stays that of its own). Raises DataError without a single image.
+    Where several processes run, each is given all images and returns the figures of all.
+    Raises DataError without a single image.
     """
     device = torch.device(device) if device is not None else next(network.parameters()).device
-    scores = MulticlassStatScores(num_classes, average=None, validate_args=False).to(device)
-    top5 = MulticlassAccuracy(num_classes, top_k=5, average="micro").to(device) if num_classes > 5 else None
+    scores = MulticlassStatScores(num_classes, average=None, validate_args=False, sync_on_compute=False).to(device)
+    top5 = (
+        MulticlassAccuracy(num_classes, top_k=5, average="micro", sync_on_compute=False).to(device)
+        if num_classes > 5
+        else None
+    )
     # A NaN is to be seen, not left out. (MeanMetric would do, but with "disable" it forgets its weights.)
-    entropy = SumMetric(nan_strategy="disable").to(device)
+    entropy = SumMetric(nan_strategy="disable", sync_on_compute=False).to(device)
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     cost, seen = Cost(), 0
@@ -210,23 +223,12 @@ def _repeat_split(run: Run, folder: Folder) -> tuple[dict[str, tuple[Item, ...]]
             seed=options["seed"],
         )
         gone = {Path(path).parts[-2:] for path in facts["unreadable"]}
-        parts = {
-            name: tuple(item for item in getattr(splits, name) or () if item.path.parts[-2:] not in gone)
-            for name in ("train", "val", "test")
-        }
-        if fingerprint(parts) == facts["fingerprint"]:
+        splits = without(splits, [Unreadable(i.path, "") for i in splits.items() if i.path.parts[-2:] in gone])
+        if splits.fingerprint() == facts["fingerprint"]:
+            parts = {"train": splits.train, "val": splits.val, "test": splits.test or ()}
             return {name: items for name, items in parts.items() if items}, ""
         if os.path.samefile(options["data"], folder.root):
             return {}, "These photos have changed since the run was fitted on them: some of them it has learned."
     except (OSError, LookupError, TypeError, ValueError, AttributeError, AfdsError):
         pass  # moved photos, too few to split, no config.json, or one that is not ours
     return {}, ""
-
-
-def fingerprint(parts: Mapping[str, Iterable[Item]]) -> str:
-    """SHA-256 of which photo is in which split: class folder, file name and label, wherever the folder lies."""
-    digest = hashlib.sha256()
-    for name in ("train", "val", "test"):
-        for item in parts.get(name, ()):
-            digest.update(f"{name}\0{item.path.parent.name}\0{item.path.name}\0{item.label}\n".encode())
-    return digest.hexdigest()

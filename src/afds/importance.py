@@ -107,7 +107,8 @@ def by_importance(model: nn.Module, importance: Importance, dense: Cost, *, floo
         layer = dense.layers[name]
         per_channel = layer.dense / layer.channels_out
         # Its reader's cost falls too when a channel goes; about the same again.
-        value[name] = (importance.taylor[name].to(gate.kept.device) / per_channel).where(gate.kept, 0.0).sort(descending=True).values.cpu()
+        worth_C = importance.taylor[name].to(gate.kept.device) / per_channel
+        value[name] = worth_C.where(gate.kept, 0.0).sort(descending=True).values.cpu()
     pooled = torch.cat(list(value.values())).sort(descending=True).values
 
     def densities(t: float) -> dict[str, float]:

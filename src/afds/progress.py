@@ -51,10 +51,10 @@ class Progress:
 
     def update(self, event: dict[str, Any]) -> None:
         """Events of training.py: after each step, and after each epoch."""
-        if "epoch_done" in event:
+        if "done" in event:
             self.say(
-                f"epoch {event['epoch_done'] + 1:3d}/{event['epochs']}  {event['phase']:<7}  "
-                f"loss {event['train']['train_loss']:.3f}  val {event['val_top1']:6.1%}  "
+                f"epoch {event['epoch'] + 1:3d}/{event['epochs']}  {event['phase']:<7}  "
+                f"loss {event['train_loss']:.3f}  val {event['val_top1']:6.1%}  "
                 f"{event['ratio']:5.2f}x fewer MACs  {event['images_per_s']:.0f} images/s  "
                 f"{event['wait_share']:.0%} waiting for data  {event['seconds']:.0f} s"
             )

@@ -39,8 +39,8 @@ class Record:
                 if isinstance(value, int | float) and name not in ("step", "epoch"):
                     self._board.add_scalar(f"{kind}/{name}", value, at)
                 elif name == "entropy":
-                    for unit, nats in value.items():
-                        self._board.add_scalar(f"entropy/{unit}", nats, at)
+                    for unit, share in value.items():  # of log C: 1 is uniform
+                        self._board.add_scalar(f"entropy/{unit}", share, at)
             self._board.flush()
 
     def lines(self, kind: str) -> list[dict[str, Any]]:

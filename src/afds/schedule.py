@@ -126,7 +126,7 @@ def solve(
     if not reaches(low):
         cost = measure_cost(model, batches)
         raise BudgetError(f"A budget of {ratio:.4g}x cannot be reached: with one channel in every layer this network "
-                          f"is {cost.ratio:.4g}x cheaper ({cost.counted / 1e6:.1f} M of {cost.dense / 1e6:.1f} M MACs). "
+                          f"is {cost.ratio:.4g}x cheaper ({cost.counted / 1e6:.1f} of {cost.dense / 1e6:.1f} M MACs). "
                           "Ask for less, or take a network with a smaller head.")  # fmt: skip
     for _ in range(steps):
         middle = (low * high) ** 0.5

@@ -24,8 +24,8 @@ ICLR 2019 (predictor, winner-take-all). Ours, each with its reason:
 * Winners are ranked by q times a constant per channel, its ``importance`` (1 where the paper's rule is asked
   for): gamma alone does not say what a channel contributes after its batch norm and bias.
 * m is applied before winner-take-all: a pruned channel must not win a place and leave it empty.
-* Saliencies are rescaled, per image, to the sum they had at the start (``bounded``): batch norm makes the next
-  layer blind to their scale, so nothing else holds it, and public ports are known to blow up to NaN.
+* Saliencies are capped at ten times the largest gamma of the start (``bounded``): batch norm makes the next layer
+  blind to their scale, so nothing else holds it, and public ports are known to blow up to NaN.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class SelectionConfig:
     importance: bool = True
     """Rank winners by saliency times a per-channel importance. False ranks by saliency alone, the paper's rule."""
     bounded: bool = True
-    """Rescale saliencies, per image, to their sum at the start, so that they stay finite."""
+    """Cap saliencies at ten times the largest of the start, so that they stay finite."""
 
     def __post_init__(self) -> None:
         if self.rank_divisor < 1:
@@ -79,8 +79,11 @@ def winner_take_all(score_BC: Tensor, k: int) -> Tensor:
     return torch.zeros_like(positive_BC).scatter(1, index_Bk, True) & positive_BC
 
 
+HEADROOM = 10.0  # ceiling of a saliency, as a multiple of the largest gamma at the start
+
+
 class Predictor(nn.Module):
-    """h = relu(GAP(x) W + b), with the pooled input standardised if asked."""
+    """h = relu(GAP(x) W + b), capped, with the pooled input standardised if asked."""
 
     def __init__(self, in_channels: int, start_C: Tensor, config: SelectionConfig) -> None:
         super().__init__()
@@ -95,9 +98,9 @@ class Predictor(nn.Module):
             self.reduce = nn.Linear(in_channels, self.rank, bias=False)
         self.weight = nn.Parameter(torch.zeros(out_channels, self.rank or in_channels))
         self.bias = nn.Parameter(start_C.clone())
-        self.register_buffer("sum_at_start", start_C.sum() if config.bounded else torch.zeros(()))
-        self.sum_at_start: Tensor
-        self.bounded = config.bounded
+        ceiling = HEADROOM * start_C.max().clamp_min(0.1) if config.bounded else torch.tensor(torch.finfo(torch.float32).max)
+        self.register_buffer("ceiling", ceiling.to(start_C))
+        self.ceiling: Tensor
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         with torch.autocast(x_BCHW.device.type, enabled=False):  # saliencies are float32 in any precision
@@ -112,9 +115,7 @@ class Predictor(nn.Module):
             if self.reduce is not None:
                 p_BC = self.reduce(p_BC)
             h_BC = F.relu(F.linear(p_BC, self.weight, self.bias))
-            if self.bounded:
-                h_BC = h_BC * (self.sum_at_start / h_BC.sum(1, keepdim=True).clamp_min(1e-6))
-            return h_BC
+            return torch.minimum(h_BC, self.ceiling)
 
 
 class Gate(nn.Module):

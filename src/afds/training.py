@@ -188,13 +188,13 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
         seconds = time.perf_counter() - started
         metrics = evaluate(task.network, plan.val_loader, plan.num_classes, count_macs=True)
         state.epoch = epoch + 1
-        record.write("epoch", epoch=epoch, phase=_phase(plan, step), seconds=seconds,
-                     images_per_s=images / seconds, wait_share=round(timed.wait_share, 4), **sums.means(),
-                     val_top1=metrics.top1, val_ce=metrics.cross_entropy,
-                     ratio=metrics.cost.ratio if metrics.cost else 1.0, density_mean=_mean_density(task.network))  # fmt: skip
-        progress({"epoch_done": epoch, "epochs": plan.epochs, "val_top1": metrics.top1, "train": sums.means(),
-                  "ratio": metrics.cost.ratio if metrics.cost else 1.0, "seconds": seconds,
-                  "images_per_s": images / seconds, "wait_share": timed.wait_share, "phase": _phase(plan, step)})  # fmt: skip
+        assert metrics.cost is not None
+        line = {"epoch": epoch, "phase": _phase(plan, step), "seconds": seconds, "images_per_s": images / seconds,
+                "wait_share": round(timed.wait_share, 4), **sums.means(), "val_top1": metrics.top1,
+                "val_ce": metrics.cross_entropy, "ratio": metrics.cost.ratio,
+                "density_mean": _mean_density(task.network)}  # fmt: skip
+        record.write("epoch", **line)
+        progress({"epochs": plan.epochs, "done": True, **line})
         if fabric.is_global_zero:
             save_checkpoint(out / "last.ckpt", state.dump())
         fabric.barrier()

@@ -7,6 +7,7 @@ seed, the class names and the file names, never on the order or the place of the
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterable
@@ -28,6 +29,18 @@ class Splits:
     val: tuple[Item, ...]
     test: tuple[Item, ...] | None
     """None where there is a train/ folder and no test/ beside it, or where `test_fraction` is 0."""
+
+    def items(self) -> tuple[Item, ...]:
+        """All of them: training, validation, test."""
+        return (*self.train, *self.val, *(self.test or ()))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of which photo is in which split: class folder, file name, label, wherever the folder lies."""
+        digest = hashlib.sha256()
+        for name in ("train", "val", "test"):
+            for item in getattr(self, name) or ():
+                digest.update(f"{name}\0{item.path.parent.name}\0{item.path.name}\0{item.label}\n".encode())
+        return digest.hexdigest()
 
 
 def make_splits(

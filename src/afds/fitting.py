@@ -12,7 +12,6 @@ function: resumable like any run, and usable again (`--source RUN/base` for the 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -62,7 +61,7 @@ def fit(config: FitConfig, *, quiet: bool = False) -> FitResult:
         raise ConfigError(f"afds fit needs {missing} (or --resume RUN).")
     _check_out(config.out, resuming=config.resume is not None)
     progress = Progress(quiet=quiet)
-    splits, facts = _photos(config, progress)
+    splits, facts = read_photos(config, progress)
     fabric = make_fabric(config.hardware)
     fabric.launch()
     setup = Setup(config, splits, fabric)  # also where steps come first: what is wrong is wrong now
@@ -153,7 +152,7 @@ def _step(config: FitConfig, out: Path, quiet: bool) -> str:
     return str(out)
 
 
-def _photos(config: FitConfig, progress: Progress) -> tuple[Splits, dict[str, Any]]:
+def read_photos(config: FitConfig, progress: Progress) -> tuple[Splits, dict[str, Any]]:
     """Scan, split and read every photo once; the facts go into the record."""
     assert config.data is not None
     folder = scan(config.data)
@@ -161,7 +160,7 @@ def _photos(config: FitConfig, progress: Progress) -> tuple[Splits, dict[str, An
     splits = make_splits(
         folder, val_fraction=options.val_fraction, test_fraction=options.test_fraction, seed=config.seed
     )
-    items = [*splits.train, *splits.val, *(splits.test or ())]
+    items = splits.items()
     with progress.waiting(f"Reading {len(items)} photos in {len(splits.classes)} classes"):
         unreadable = check_images(items, workers=max(2, options.workers))
     if unreadable:
@@ -175,11 +174,7 @@ def _photos(config: FitConfig, progress: Progress) -> tuple[Splits, dict[str, An
     for warning in folder.warnings:
         progress.say(f"warning: {warning}")
     counts = {"train": len(splits.train), "val": len(splits.val), "test": len(splits.test or ())}
-    digest = hashlib.sha256()
-    for name in ("train", "val", "test"):
-        for item in getattr(splits, name) or ():
-            digest.update(f"{name}\0{item.path.parent.name}\0{item.path.name}\0{item.label}\n".encode())
-    return splits, {"classes": len(splits.classes), **counts, "fingerprint": digest.hexdigest(),
+    return splits, {"classes": len(splits.classes), **counts, "fingerprint": splits.fingerprint(),
                     "warnings": list(folder.warnings), "unreadable": [str(u.path) for u in unreadable]}  # fmt: skip
 
 
