@@ -12,7 +12,7 @@ from afds.cost import measure_cost
 from afds.errors import BudgetError
 from afds.graph import unit_roles
 from afds.importance import by_importance, estimate, set_importance
-from afds.schedule import parse_budget, plan_descent, solve, uniform
+from afds.schedule import MARGIN, parse_budget, plan_descent, solve, uniform
 from afds.selection import densities, gates, select, selective_units, set_density
 
 
@@ -57,10 +57,10 @@ def test_hopeless_budget_says_what_can_be_had(tiny_resnet: nn.Module) -> None:
 def test_descent_is_geometric_and_inside_its_bounds() -> None:
     descent = plan_descent(100, DescentConfig(start=0.2, end=0.6, stages=4), 16.0)
     assert descent.stage_steps == (20, 30, 40, 50)
-    assert [descent.target(i) for i in range(4)] == pytest.approx([2.0, 4.0, 8.0, 16.0])
+    assert [descent.target(i) for i in range(4)] == pytest.approx([(16 * MARGIN) ** (i / 4) for i in (1, 2, 3, 4)])
     short = plan_descent(3, DescentConfig(start=0.0, end=0.5, stages=12), 4.0)
     assert len(short.stage_steps) == 2  # no more stages than steps
-    assert short.target(1) == pytest.approx(4.0)
+    assert short.target(1) == pytest.approx(4.0 * MARGIN)
 
 
 def test_importance_is_the_change_of_the_loss(tiny_resnet: nn.Module) -> None:

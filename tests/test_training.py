@@ -17,6 +17,7 @@ from afds.config import DataConfig, DescentConfig, FitConfig, OptimConfig, resol
 from afds.data import write_digits
 from afds.errors import BudgetError, ConfigError, DataError, RunFolderError
 from afds.fitting import fit, read_result
+from afds.schedule import MARGIN
 from afds.training import Task, learning_rate, parameter_groups
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}'
@@ -63,7 +64,7 @@ def test_budget_is_met_on_validation_images(finished: Path) -> None:
     assert lines(finished, "final")[0]["ratio"] == pytest.approx(result.cost.ratio)
     stages = lines(finished, "stage")
     assert len(stages) == 3
-    assert [s["target_ratio"] for s in stages] == pytest.approx([3 ** (1 / 3), 3 ** (2 / 3), 3.0])
+    assert [s["target_ratio"] for s in stages] == pytest.approx([(3 * MARGIN) ** (i / 3) for i in (1, 2, 3)])
 
 
 def test_record_says_what_is_needed_to_repeat(finished: Path) -> None:

@@ -107,14 +107,17 @@ class CostMeter:
         cost.images = x_BCHW.shape[0]
         return logits, cost
 
+    def mean(self, batches: Iterable[Tensor]) -> Cost:
+        """Mean cost over batches of images (B, 3, H, W)."""
+        total = Cost()
+        for x_BCHW in batches:
+            total.add(self(x_BCHW)[1])
+        return total
+
 
 def measure_cost(model: nn.Module, batches: Iterable[Tensor]) -> Cost:
     """Mean cost of ``model`` over batches of images (B, 3, H, W)."""
-    meter = CostMeter(model)
-    total = Cost()
-    for x_BCHW in batches:
-        total.add(meter(x_BCHW)[1])
-    return total
+    return CostMeter(model).mean(batches)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class DemoConfig:
     """Repetitions of each row."""
     per_class: int = 10
     """Training images for each of the digits 5 to 9."""
-    epochs: int = 60
+    epochs: int = 40
     """Epochs of each transfer."""
 
     def __post_init__(self) -> None:
@@ -69,10 +69,10 @@ def demo(config: DemoConfig) -> Path:
             console.print(f"{label} {budget}, seed {seed} ...", style="dim")
             run = FitConfig(
                 data=config.out / f"digits-5-9-{config.per_class}", method=method, budget=budget, seed=seed,
-                source="resnet18" if method == "scratch" else str(selective if method == "afds" else dense),
+                source=_source(config, method, budget, seed),
                 arch_args=ARCH, out=config.out / "runs" / name, data_options=data_options,
-                optim=OptimConfig(epochs=config.epochs, batch_size=16, lr=0.05 if method == "scratch" else 0.02),
-                descent=DescentConfig(stages=8), base_epochs=config.epochs,
+                optim=OptimConfig(epochs=config.epochs, batch_size=16, lr=0.05),
+                descent=DescentConfig(stages=8),
             )  # fmt: skip
             results.append(_once(run))
         table.add_row(label, budget, _spread([r.test.top1 for r in results if r.test]),
@@ -84,6 +84,15 @@ def demo(config: DemoConfig) -> Path:
                   f"  afds predict {config.out / 'runs' / 'afds-5x-seed0'} "
                   f"{config.out / f'digits-5-9-{config.per_class}' / 'test'}")  # fmt: skip
     return config.out / "runs"
+
+
+def _source(config: DemoConfig, method: str, budget: str, seed: int) -> str:
+    """What a row starts from: nothing, a source run, or (AFDS at 2x and 5x) the AFDS run at 1x as its base."""
+    if method == "scratch":
+        return "resnet18"
+    if method == "afds" and budget != "1x":
+        return str(config.out / "runs" / f"afds-1x-seed{seed}")
+    return str(config.out / ("source" if method == "afds" else "source-dense"))
 
 
 def _once(config: FitConfig) -> FitResult:

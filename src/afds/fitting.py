@@ -25,12 +25,13 @@ from afds.data import Splits, check_images, describe, make_splits, scan, without
 from afds.errors import ConfigError, DataError, RunFolderError
 from afds.evaluation import Metrics, evaluate
 from afds.files import read_json, write_json
-from afds.hardware import make_fabric
+from afds.hardware import make_fabric, resolve_device
 from afds.progress import Progress
 from afds.record import Record
 from afds.schedule import parse_budget, solve
 from afds.selection import densities
 from afds.setup import Setup
+from afds.sources import parse_source
 from afds.training import train
 
 STEPS = ("source", "base")  # sub-folders of a run folder that hold the runs before
@@ -60,6 +61,10 @@ def fit(config: FitConfig, *, quiet: bool = False) -> FitResult:
         missing = "a folder of photos" if config.data is None else "--out RUN, the folder to write"
         raise ConfigError(f"afds fit needs {missing} (or --resume RUN).")
     _check_out(config.out, resuming=config.resume is not None)
+    parse_budget(config.budget)  # what can be told without the photos is told before they are read
+    resolve_device(config.hardware)
+    if not is_run(config.source):
+        parse_source(config.source)
     progress = Progress(quiet=quiet)
     splits, facts = read_photos(config, progress)
     fabric = make_fabric(config.hardware)

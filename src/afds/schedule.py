@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from afds.config import DescentConfig
-from afds.cost import measure_cost
+from afds.cost import CostMeter
 from afds.errors import BudgetError
 from afds.graph import unit_roles
 from afds.selection import gates, set_density
@@ -116,15 +116,17 @@ def solve(
         BudgetError: one channel in every layer still costs more.
     """
 
+    meter = CostMeter(model)
+
     def reaches(t: float) -> bool:
         set_density(model, allocation(t))
-        return measure_cost(model, batches).ratio >= ratio
+        return meter.mean(batches).ratio >= ratio
 
     if reaches(upper):
         return upper
     low, high = 1e-3, upper
     if not reaches(low):
-        cost = measure_cost(model, batches)
+        cost = meter.mean(batches)
         raise BudgetError(f"A budget of {ratio:.4g}x cannot be reached: with one channel in every layer this network "
                           f"is {cost.ratio:.4g}x cheaper ({cost.counted / 1e6:.1f} of {cost.dense / 1e6:.1f} M MACs). "
                           "Ask for less, or take a network with a smaller head.")  # fmt: skip
@@ -138,6 +140,11 @@ def solve(
     return low
 
 
+# Densities are solved for on a few images and learn on: without a margin, half of all runs would end just above
+# their budget, and taking channels away after the last step costs accuracy (measured: 3 points for 3 % of MACs).
+MARGIN = 1.02
+
+
 @dataclass(frozen=True)
 class Descent:
     """When the density falls, in optimisation steps, and to what cost."""
@@ -146,10 +153,9 @@ class Descent:
     stage_steps: tuple[int, ...]  # before each of these steps one stage is taken
     ratio: float  # where it ends
 
-    def target(self, stage: int, start_ratio: float = 1.0) -> float:
-        """Ratio of MACs after stage 0, 1, ...: geometric from ``start_ratio`` to the budget's."""
-        share = (stage + 1) / len(self.stage_steps)
-        return start_ratio ** (1 - share) * self.ratio**share
+    def target(self, stage: int) -> float:
+        """Ratio of MACs after stage 0, 1, ...: geometric, to a little below the budget (`MARGIN`)."""
+        return (MARGIN * self.ratio) ** ((stage + 1) / len(self.stage_steps))
 
 
 def plan_descent(total_steps: int, config: DescentConfig, ratio: float) -> Descent:

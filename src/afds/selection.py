@@ -98,7 +98,9 @@ class Predictor(nn.Module):
             self.reduce = nn.Linear(in_channels, self.rank, bias=False)
         self.weight = nn.Parameter(torch.zeros(out_channels, self.rank or in_channels))
         self.bias = nn.Parameter(start_C.clone())
-        ceiling = HEADROOM * start_C.max().clamp_min(0.1) if config.bounded else torch.tensor(torch.finfo(torch.float32).max)
+        ceiling = (
+            HEADROOM * start_C.max().clamp_min(0.1) if config.bounded else torch.tensor(torch.finfo(torch.float32).max)
+        )
         self.register_buffer("ceiling", ceiling.to(start_C))
         self.ceiling: Tensor
 

@@ -72,9 +72,11 @@ class Facts:
 
 
 def read_facts(run: Path) -> Facts:
-    """All that is readable in the folder `run`, and in the run `base` in it."""
+    """All that is readable in the folder `run`, and in its dense base: the run `base` in it, or its source."""
     facts = _read(run)
-    base = _read(run / "base") if (run / "base").is_dir() else None
+    source = facts.options.get("source")
+    places = [run / "base", *([Path(source)] if isinstance(source, str) and source else [])]
+    base = next((_read(place) for place in places if (place / "metrics.jsonl").is_file()), None)
     mark = sub(facts.config, "data").get("fingerprint")
     alike = base is not None and isinstance(mark, str) and sub(base.config, "data").get("fingerprint") == mark
     return replace(facts, base=base) if alike and base is not None and base.final else facts

@@ -41,8 +41,10 @@ Point = tuple[float, float]
 
 def loss_figure(facts: Facts) -> str:
     """Terms of the training loss against epochs, weighted as they were summed."""
-    weights = {"ce": 1.0, "afd": _weight(facts, "afd"), "kd": _weight(facts, "logits")}
-    names = {"loss": "total", "ce": "cross-entropy", "afd": "features (AFD)", "kd": "logits (KD)"}
+    weights = {"ce": 1.0, "afd": _weight(facts, "afd"), "kd": _weight(facts, "logits"),
+               "hints": _weight(facts, "hints")}  # fmt: skip
+    names = {"loss": "total", "ce": "cross-entropy", "afd": "features (AFD)", "kd": "logits (KD)",
+             "hints": "blocks (hints)"}  # fmt: skip
     series = {}
     for term, label in names.items():
         weight = weights.get(term, 1.0)

@@ -1,0 +1,101 @@
+"""What a training step costs: AFDS beside plain fine-tuning, alternating in one process, and the peak of memory.
+
+    python benchmarks/step_cost.py --source resnet18:weights.safetensors --input-size 128 --repeats 11
+
+Rows: `plain` fine-tuning; `gates` (selection at d = 1, no teacher); `afd` (gates, AFD from the pretrained source:
+the paper's step); `afds` (gates, AFD, logits and block hints from a dense base: the default). Random images.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import afds  # noqa: F401  first: it makes torchvision importable beside a CPU-only torch
+
+# isort: split
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+
+from afds.config import FitConfig
+from afds.distillation import AttentiveDistillation, FrozenNetwork, feature_sizes
+from afds.graph import residual_blocks, stage_ends
+from afds.hardware import stamp
+from afds.selection import select, selective_units
+from afds.sources import load_source
+from afds.training import Task
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time one training step of each kind."""
+
+    source: str
+    """As `afds fit --source`."""
+    input_size: int = 128
+    batch_size: int = 32
+    classes: int = 101
+    repeats: int = 11
+    only: str = ""
+    """Measure one row alone, for its peak of memory."""
+
+
+def main(options: Options) -> None:
+    torch.manual_seed(0)
+    source = load_source(options.source, num_classes=options.classes).model
+    plain = source.to(memory_format=torch.channels_last).train()
+    names = [name for name, _ in selective_units(select(plain))]
+    ends, blocks = stage_ends(plain, names), residual_blocks(plain)
+    x_BCHW = torch.randn(options.batch_size, 3, options.input_size, options.input_size)
+    x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+    y_B = torch.randint(0, options.classes, (options.batch_size,))
+    teacher = FrozenNetwork(plain, ends, blocks)
+    sizes = feature_sizes(teacher, x_BCHW[:1])
+    task = Task(select(plain), AttentiveDistillation(sizes), FitConfig()).to(memory_format=torch.channels_last).train()
+
+    def learn(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        optimizer = torch.optim.SGD(module.parameters(), lr=1e-6, momentum=0.9)
+
+        def step() -> None:
+            loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def taught(with_logits: bool) -> torch.Tensor:
+        task.match_blocks(blocks if with_logits else [])
+        logits_BK, features = teacher(x_BCHW)
+        return task(x_BCHW, y_B, (logits_BK if with_logits else None, features))["loss"]
+
+    rows: dict[str, Callable[[], None]] = {
+        "plain": learn(plain, lambda: F.cross_entropy(plain(x_BCHW), y_B)),
+        "gates": learn(task, lambda: task(x_BCHW, y_B, None)["loss"]),
+        "afd": learn(task, lambda: taught(False)),
+        "afds": learn(task, lambda: taught(True)),
+    }
+    rows = {name: step for name, step in rows.items() if options.only in ("", name)}
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    for turn in range(options.repeats + 1):
+        for name, step in rows.items():
+            begun = time.perf_counter()
+            step()
+            if turn:  # the first warms up
+                seconds[name].append(time.perf_counter() - begun)
+    reference = seconds.get("plain", next(iter(seconds.values())))
+    print(f"{options.source}, {options.input_size} px, batch {options.batch_size}, {torch.get_num_threads()} threads")
+    for name, times in seconds.items():
+        ratios = sorted(a / b for a, b in zip(times, reference, strict=True))
+        print(f"  {name:6} {1e3 * statistics.median(times):8.0f} ms   {statistics.median(ratios):.2f}x plain "
+              f"({ratios[0]:.2f} to {ratios[-1]:.2f})")  # fmt: skip
+    print(f"  peak of memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+    print(f"  {stamp('cpu', '32-true')}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
