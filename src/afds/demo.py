@@ -34,7 +34,7 @@ class DemoConfig:
     """Folder for the images and the runs."""
     seeds: int = 3
     """Repetitions of each row."""
-    per_class: int = 10
+    per_class: int = 5
     """Training images for each of the digits 5 to 9."""
     epochs: int = 40
     """Epochs of each transfer."""
@@ -55,7 +55,7 @@ def demo(config: DemoConfig) -> Path:
     dense, selective = config.out / "source-dense", config.out / "source"
     first = FitConfig(data=config.out / "digits-0-4", source="resnet18", arch_args=ARCH, method="scratch+afs",
                       budget="1x", data_options=data_options,
-                      optim=OptimConfig(epochs=12, batch_size=32, lr=0.05))  # fmt: skip
+                      optim=OptimConfig(epochs=30, batch_size=32, lr=0.05))  # fmt: skip
     console.print("Source: digits 0 to 4, with selection at d = 1, and without for the plain rows.")
     _once(dataclasses.replace(first, out=selective))
     _once(dataclasses.replace(first, out=dense, method="scratch+dense"))
@@ -71,7 +71,7 @@ def demo(config: DemoConfig) -> Path:
                 data=config.out / f"digits-5-9-{config.per_class}", method=method, budget=budget, seed=seed,
                 source=_source(config, method, budget, seed),
                 arch_args=ARCH, out=config.out / "runs" / name, data_options=data_options,
-                optim=OptimConfig(epochs=config.epochs, batch_size=16, lr=0.05),
+                optim=OptimConfig(epochs=config.epochs, batch_size=8, lr=0.05),
                 descent=DescentConfig(stages=8),
             )  # fmt: skip
             results.append(_once(run))

@@ -65,10 +65,11 @@ def fit(config: FitConfig, *, quiet: bool = False) -> FitResult:
     resolve_device(config.hardware)
     if not is_run(config.source):
         parse_source(config.source)
-    progress = Progress(quiet=quiet)
-    splits, facts = read_photos(config, progress)
     fabric = make_fabric(config.hardware)
     fabric.launch()
+    progress = Progress(quiet=quiet or not fabric.is_global_zero)
+    splits, facts = read_photos(config, progress)
+    fabric.barrier()  # all have looked at --out before one writes there
     setup = Setup(config, splits, fabric)  # also where steps come first: what is wrong is wrong now
     out = config.out
     if fabric.is_global_zero and config.resume is None:
