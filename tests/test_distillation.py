@@ -162,4 +162,4 @@ def test_logit_distillation_against_the_definition() -> None:
 def test_l2_sp_is_by_name() -> None:
     layer = nn.Linear(2, 1)
     start = {"weight": layer.weight.detach() - 2.0}  # the bias is new and stays out
-    assert float(l2_sp(layer, start)) == pytest.approx(4.0, rel=1e-5)
+    assert float(l2_sp(layer, start).detach()) == pytest.approx(4.0, rel=1e-5)

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        hint = " Go on with: afds fit --resume RUN" if arguments[:1] == ["fit"] else ""
+        hint = f" Go on with: afds fit --resume {_run_folder(arguments)}" if arguments[:1] == ["fit"] else ""
         print(f"\nafds: interrupted.{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, `head` say, has seen enough
@@ -53,6 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"afds: error: {error}", file=sys.stderr)
         return 2
+
+
+def _run_folder(arguments: list[str]) -> str:
+    """The run folder that a fit was given, as it was spelled."""
+    for option in ("--resume", "--out"):
+        for position, word in enumerate(arguments):
+            if word == option and position + 1 < len(arguments):
+                return arguments[position + 1]
+            if word.startswith(option + "="):
+                return word.partition("=")[2]
+    return "RUN"
 
 
 def _dispatch(arguments: list[str]) -> int:

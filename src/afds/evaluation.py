@@ -66,13 +66,14 @@ def evaluate(
     num_classes: int,
     device: torch.device | str | None = None,
     *,
-    count_macs: bool = False,
+    count_macs: bool | CostMeter = False,
     progress: Callable[[int], None] | None = None,
 ) -> Metrics:
     """Run `network` in eval mode (its own mode is given back) over (images (B, 3, H, W), labels (B,)).
 
     device: where the batches are moved to; by default where the network's weights are.
-    count_macs: count the MACs on the way, which costs little beside the forward.
+    count_macs: count the MACs on the way, which costs little beside the forward; or a meter of `network`, which
+    saves reading its graph again.
     progress: called after each batch with the images seen so far.
     Where several processes run, each is given all images and returns the figures of all.
     Raises DataError without a single image.
@@ -90,7 +91,7 @@ def evaluate(
     network.eval()
     cost, seen = Cost(), 0
     try:
-        meter = CostMeter(network) if count_macs else None
+        meter = count_macs if isinstance(count_macs, CostMeter) else CostMeter(network) if count_macs else None
         for x_BCHW, y_B in batches:
             x_BCHW, y_B = x_BCHW.to(device, non_blocking=True), y_B.to(device, non_blocking=True)
             if meter is not None:
@@ -122,7 +123,7 @@ def evaluate(
         balanced_accuracy=sum(present) / len(present),
         cross_entropy=float(entropy.compute()) / images,
         per_class=tuple(recalls),
-        cost=cost if count_macs else None,
+        cost=cost if meter is not None else None,
     )
 
 

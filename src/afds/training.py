@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from afds.checkpoint import load_checkpoint, save_checkpoint
 from afds.config import FitConfig, OptimConfig
-from afds.cost import has_selection, measure_cost
+from afds.cost import CostMeter, has_selection, measure_cost
 from afds.data import TimedLoader, set_epoch
 from afds.distillation import (
     AttentiveDistillation,
@@ -153,6 +153,7 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
         state.load(load_checkpoint(out / "last.ckpt"))
         record.rewind(state.epoch)
     timed = TimedLoader(plan.train_loader)
+    meter = CostMeter(task.network)
     for epoch in range(state.epoch, plan.epochs):
         torch.manual_seed(c.seed * 100_003 + epoch)
         set_epoch(plan.train_loader, epoch)
@@ -186,7 +187,7 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
                 record.write("step", epoch=epoch, step=step, lr=rate, wait_share=round(timed.wait_share, 4),
                              images_per_s=images / (time.perf_counter() - started), **sums.recent())  # fmt: skip
         seconds = time.perf_counter() - started
-        metrics = evaluate(task.network, plan.val_loader, plan.num_classes, count_macs=True)
+        metrics = evaluate(task.network, plan.val_loader, plan.num_classes, count_macs=meter)
         state.epoch = epoch + 1
         assert metrics.cost is not None
         line = {"epoch": epoch, "phase": _phase(plan, step), "seconds": seconds, "images_per_s": images / seconds,
