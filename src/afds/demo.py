@@ -29,7 +29,7 @@ ROWS = (("scratch", "scratch", "1x"), ("plain fine-tuning", "l2+dense", "1x"),
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Run the main job on scikit-learn's handwritten digits: two to three minutes on two cores."""
+    """Run the main job on scikit-learn's handwritten digits: about three minutes on two cores."""
 
     out: Path = Path("afds-demo")
     """Folder for the images and the runs."""
