@@ -77,5 +77,5 @@ def test_readme_names_the_two_commands() -> None:
     text = README.read_text(encoding="utf-8")
     assert "make demo" in text
     assert "make test" in text
-    for target in re.findall(r"\]\(((?:docs|benchmarks)/[^)]+)\)", text):
+    for target in re.findall(r"\]\(((?:docs|benchmarks)/[^)#]+)", text):
         assert (README.parent / target).exists(), target
