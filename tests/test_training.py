@@ -162,6 +162,7 @@ def test_bad_requests_are_refused_before_training(digits: Path, finished: Path, 
     refused(BudgetError, "cannot be reached", budget="100000x")
     refused(ConfigError, "cannot meet a budget", method="scratch+dense")
     refused(ConfigError, "not JSON", arch_args="{")
+    refused(ConfigError, "JSON object", arch_args="[1]")
     refused(RunFolderError, "not empty", out=finished)
     refused(ConfigError, "needs --out", out=None)
     refused(RunFolderError, "finished", resume=finished)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors.torch as safetensors_torch
 import torch
 from torch import Tensor, nn
 
@@ -212,7 +212,7 @@ def _pack(model: nn.Module, out: Path) -> bytes:
             raise RunFolderError(f"{out}: {name} is {tensor.dtype}; only float32 networks are saved.")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise RunFolderError(f"{out}: {name} holds NaN or infinity. The training diverged.")
-    return safetensors.torch.save(tensors)
+    return safetensors_torch.save(tensors)
 
 
 def _is_channels_last(model: nn.Module) -> bool:
@@ -294,7 +294,7 @@ def _densities(units: dict[str, Any]) -> dict[str, float]:
 def _unpack(weights: bytes, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the file, each checked against the network's own."""
     try:
-        tensors = safetensors.torch.load(weights)
+        tensors = safetensors_torch.load(weights)
     except Exception as error:  # SafetensorError, and what torch makes of odd headers
         raise RunFolderError(f"{WEIGHTS}: not readable as safetensors ({error}).") from error
     lacking, unknown = set(wanted) - set(tensors), set(tensors) - set(wanted)

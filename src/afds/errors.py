@@ -21,5 +21,9 @@ class RunFolderError(AfdsError):
     """A run folder that is missing, incomplete, damaged or hostile."""
 
 
+class TrainingError(AfdsError):
+    """A training that diverged; what was saved before is intact."""
+
+
 class ConfigError(AfdsError):
     """An option with a value that makes no sense."""

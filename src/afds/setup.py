@@ -122,6 +122,10 @@ class Setup:
                 arch_args = json.loads(c.arch_args)
             except ValueError as error:
                 raise ConfigError(f"--arch-args {c.arch_args}: not JSON ({error}).") from error
+            if not isinstance(arch_args, dict):
+                raise ConfigError(
+                    f"--arch-args {c.arch_args}: give a JSON object such as '{{\"layers\": [1, 1, 1, 1]}}'."
+                )
             source = load_source(c.source, num_classes=len(classes), arch_args=arch_args or None,
                                  scratch=transfer == "scratch")  # fmt: skip
             self.arch, self.arch_args, self.selection = source.arch, source.arch_args, None

@@ -40,6 +40,7 @@ from afds.distillation import (
     tap,
     tap_points,
 )  # fmt: skip
+from afds.errors import TrainingError
 from afds.evaluation import evaluate
 from afds.importance import Importance, by_importance, estimate, set_importance
 from afds.masks import mask_counts, update_masks
@@ -168,7 +169,7 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
                 group["lr"] = rate * group["multiple"]
             losses = wrapped(x_BCHW, y_B, state.teach(x_BCHW, fabric))
             if not torch.isfinite(losses["loss"]):
-                raise FloatingPointError(
+                raise TrainingError(
                     f"The loss is {float(losses['loss'])} at step {step} (epoch {epoch + 1}). "
                     f"The last checkpoint is intact: try again with a lower --optim.lr than {c.optim.lr}."
                 )
