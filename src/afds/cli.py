@@ -22,12 +22,13 @@ afds makes a classifier for your photos from a pretrained network, at a fraction
                                       train on PHOTOS/CLASS/*.jpg (from --source resnet50)
   afds evaluate RUN PHOTOS            accuracy and MACs on labelled photos
   afds predict RUN cat.jpg more/      what is in a photo
+  afds export RUN --format onnx       one file for a runtime, checked against the network
   afds report RUN                     draw RUN/report.html again
 
 RUN is a folder: weights, class names, preprocessing, structure, and the record of how it came about.
 `afds VERB --help` tells a verb's options, `afds --version` the version.
 """
-VERBS = ("fit", "evaluate", "predict", "report", "demo")
+VERBS = ("fit", "evaluate", "predict", "export", "report", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -77,12 +77,39 @@ class Report:
     """Run folder."""
 
 
+@dataclass(frozen=True)
+class Export:
+    """Write a run as one file for a runtime, and compare the file's accuracy with the network's.
+
+    Without --static the file gathers its weights per image and so skips in stock runtimes, one image at a time.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folder, as `afds fit` wrote it."""
+    format: Literal["onnx", "openvino", "torch"] = "onnx"
+    """`onnx`: ONNX Runtime and others. `openvino`: its IR (.xml, .bin). `torch`: torch.export's .pt2."""
+    static: bool = False
+    """Freeze the selection to what the training images use most: a smaller plain network, any batch size."""
+    out: Path | None = None
+    """File to write. Default: RUN/model.onnx (.xml, .pt2), with --static RUN/static.onnx."""
+    data: Path | None = None
+    """Photos to compare on (and, with --static, to count winners on). Default: those the run was fitted on."""
+    tolerance: float = 0.5
+    """Points of validation accuracy by which file and network may differ; more fails, and leaves no file."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tolerance <= 100:
+            raise ConfigError(f"--tolerance must be from 0 to 100 points, got {self.tolerance}.")
+
+
 def run(verb: str, arguments: list[str]) -> int:
     """Parse the options of `verb` and do it; returns the exit code.
 
     Raises AfdsError for what the user can mend, SystemExit after help and for options that cannot be read.
     """
-    return {"fit": _fit, "evaluate": _evaluate, "predict": _predict, "report": _report, "demo": _demo}[verb](arguments)
+    verbs = {"fit": _fit, "evaluate": _evaluate, "predict": _predict, "export": _export, "report": _report,
+             "demo": _demo}  # fmt: skip
+    return verbs[verb](arguments)
 
 
 def _fit(arguments: list[str]) -> int:
@@ -168,6 +195,25 @@ def _report(arguments: list[str]) -> int:
     from afds.report import write_report
 
     print(write_report(options.run))
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    o = tyro.cli(Export, prog="afds export", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    from afds.export import export_run
+
+    console = Console(highlight=False)
+    made = export_run(o.run, o.format, static_form=o.static, out=o.out, data=o.data, tolerance=o.tolerance,
+                      say=lambda line: console.print(line, markup=False, soft_wrap=True))  # fmt: skip
+    console.print(f"{made.path}: {made.form}, {made.macs_ratio:.2f}x fewer MACs than dense", markup=False,
+                  soft_wrap=True)  # fmt: skip
+    if made.model is not None and made.network is not None and made.file is not None:
+        frozen = f", frozen {made.network:.1%}" if made.form == "static" else ""
+        console.print(f"accuracy on {made.images} {made.split} images: run {made.model:.1%}{frozen}, "
+                      f"file {made.file:.1%}", markup=False, soft_wrap=True)  # fmt: skip
+        if made.network < made.model - 0.01:
+            console.print(f"note: freezing the selection costs {100 * (made.model - made.network):.1f} points.",
+                          markup=False, soft_wrap=True)  # fmt: skip
     return 0
 
 

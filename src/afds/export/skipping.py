@@ -9,10 +9,10 @@
     stream (all C maps, no value below zero) --+--> block --> y (K maps, i)
                                                '--> stream[i] <- relu(stream[i] + y)        the rest is unchanged
 
-k = ceil(d C) is fixed, so every shape is; only the indices differ from image to image. Hence one image at a time. Inside
-of a block maps stay compact, from producer to consumer; a residual stream is dense and is updated where a block has
-written. The rank value of a channel is its saliency times its importance; importance, the norm's variance and gamma's
-sign are folded into the weights, the norm's mean into the bias.
+k = ceil(d C) is fixed, so every shape is; only the indices differ from image to image, hence one image at a time.
+Inside of a block maps stay compact, from producer to consumer; a residual stream is dense and is updated where a block
+has written. The rank value of a channel is its saliency times its importance; importance, the norm's variance and
+gamma's sign are folded into the weights, the norm's mean into the bias.
 
 The walk over the network is written once, for any set of elementary operations: `TorchOps` runs them,
 `onnx_graph.OnnxOps` writes them down. What it gives is the masked PyTorch forward up to rounding.
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from afds.errors import ExportError
-from afds.graph import ADDS, MULS, is_depthwise, is_sigmoid, passes_channels, trace
+from afds.graph import ADDS, MULS, is_sigmoid, passes_channels, trace
 from afds.selection import FollowingGate, Gate, SelectiveConvBN
 
 Handle = Any  # a tensor that is there (TorchOps) or that will be (a name in an ONNX graph)
@@ -121,6 +121,9 @@ class Lowering:
             shapes = _Shapes(self.gm)
             shapes.run(torch.zeros(1, 3, side, side, device=next(model.parameters()).device))
         self.shapes = shapes.found
+        # Asked of the modules themselves, once: while a program is traced they cannot be.
+        self.passing = {node for node in self.gm.graph.nodes if passes_channels(self.gm, node)}
+        self.keeping = {node for node in self.gm.graph.nodes if _keeps_sign(self.gm, node)}
 
     def _units(self) -> list[tuple[str, SelectiveConvBN]]:
         return [(n, m) for n, m in self.gm.named_modules() if isinstance(m, SelectiveConvBN)]
@@ -168,17 +171,17 @@ class Lowering:
             y = ops.head(module, str(node.target), x.x, self._shape_before(node)[2:])
             return Map(y, self.shapes[node][1], self._size(node))
         same_channels = self.shapes[node][1] == inputs[0].channels if len(inputs) == 1 else False
-        if len(inputs) == 1 and same_channels and (passes_channels(self.gm, node) or is_sigmoid(self.gm, node)):
-            x = inputs[0] if passes_channels(self.gm, node) else _dense(ops, inputs[0], self._shape_before(node))
+        if len(inputs) == 1 and same_channels and (node in self.passing or is_sigmoid(self.gm, node)):
+            x = inputs[0] if node in self.passing else _dense(ops, inputs[0], self._shape_before(node))
             if _is_mean(self.gm, node, self.shapes) and x.mean is not None and x.index is None:
                 out = x.mean if len(self.shapes[node]) == 4 else ops.row(x.mean)
             else:
                 out = self._apply(ops, node, x.x)
-            keeps = x.positive and _keeps_sign(self.gm, node)
+            keeps = x.positive and node in self.keeping
             return replace(x, x=out, size=self._size(node), positive=keeps, mean=None)
-        x = _dense(ops, inputs[0], self._shape_before(node)) if len(inputs) == 1 else None
-        if x is None:
+        if len(inputs) != 1:
             raise ExportError(f"{node.target}: not known how to skip around it; export with --static.")
+        x = _dense(ops, inputs[0], self._shape_before(node))
         return Map(self._apply(ops, node, x.x), self.shapes[node][1], self._size(node))
 
     def _shape_before(self, node: fx.Node) -> tuple[int, ...]:
@@ -431,8 +434,8 @@ class TorchOps:
         return F.relu(y) if relu else y
 
     def top(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        v, index = x[0].topk(k, sorted=False)
-        return v, index
+        found = x.flatten().topk(k, sorted=False)
+        return found[0], found[1]
 
     def mean(self, x: Tensor) -> Tensor:
         return x.mean((2, 3), keepdim=True)
@@ -505,12 +508,32 @@ def same_padding(conv: nn.Conv2d, size: Any) -> tuple[int, int, int, int]:
     return pads[0], pads[1], pads[2], pads[3]
 
 
-class SkippingNetwork(nn.Module):
-    """The program as a PyTorch module: one image (1, 3, side, side) in, logits (1, classes) out."""
-
+class _Program(nn.Module):
     def __init__(self, model: nn.Module, side: int) -> None:
         super().__init__()
-        self.lowering = (Lowering(model, side),)  # its network's parameters are constants here
+        self.network = model
+        self._lowering = (Lowering(model, side),)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.lowering[0].run(TorchOps(), x_BCHW)
+        return self._lowering[0].run(TorchOps(), x_BCHW)
+
+
+class _ConstantTracer(fx.Tracer):
+    """Weights are folded while tracing: they are values, not symbols."""
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+@torch.no_grad()
+def skipping_network(model: nn.Module, side: int) -> fx.GraphModule:
+    """The program as a PyTorch module: one image (1, 3, side, side) in, logits (1, classes) out.
+
+    Args:
+        model: a selective network; compact it first. Its weights are constants of the program.
+    """
+    program = _Program(model.eval(), side)
+    return fx.GraphModule(program, _ConstantTracer().trace(program), "SkippingNetwork").eval()
