@@ -23,12 +23,13 @@ afds makes a classifier for your photos from a pretrained network, at a fraction
   afds evaluate RUN PHOTOS            accuracy and MACs on labelled photos
   afds predict RUN cat.jpg more/      what is in a photo
   afds export RUN --format onnx       one file for a runtime, checked against the network
+  afds measure RUN                    time it beside its dense peer, in every runtime that is installed
   afds report RUN                     draw RUN/report.html again
 
 RUN is a folder: weights, class names, preprocessing, structure, and the record of how it came about.
 `afds VERB --help` tells a verb's options, `afds --version` the version.
 """
-VERBS = ("fit", "evaluate", "predict", "export", "report", "demo")
+VERBS = ("fit", "evaluate", "predict", "export", "measure", "report", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

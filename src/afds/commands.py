@@ -70,6 +70,31 @@ class Predict:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """Time a run and its dense peer in every runtime that is installed, on this machine.
+
+    Saves RUN/measure.json, which the report shows.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folder, as `afds fit` wrote it."""
+    threads: tuple[int, ...] = ()
+    """Numbers of threads. Default: one, and all cores."""
+    batch: tuple[int, ...] = (1,)
+    """Images at a time."""
+    only: tuple[str, ...] = ()
+    """Only these of: dense static dynamic, and torch compiled onnx openvino native."""
+    rounds: int = 15
+    """Rounds in which each row is timed once."""
+    data: Path | None = None
+    """Photos on which the static network is frozen. Default: those the run was fitted on."""
+    profile: bool = False
+    """Also show where the native runtime spends its time, by layer."""
+    json: Path | None = None
+    """Also write the result into this file."""
+
+
+@dataclass(frozen=True)
 class Report:
     """Draw report.html again from the files of a run folder, also of one that is still training."""
 
@@ -107,8 +132,8 @@ def run(verb: str, arguments: list[str]) -> int:
 
     Raises AfdsError for what the user can mend, SystemExit after help and for options that cannot be read.
     """
-    verbs = {"fit": _fit, "evaluate": _evaluate, "predict": _predict, "export": _export, "report": _report,
-             "demo": _demo}  # fmt: skip
+    verbs = {"fit": _fit, "evaluate": _evaluate, "predict": _predict, "export": _export, "measure": _measure,
+             "report": _report, "demo": _demo}  # fmt: skip
     return verbs[verb](arguments)
 
 
@@ -214,6 +239,42 @@ def _export(arguments: list[str]) -> int:
         if made.network < made.model - 0.01:
             console.print(f"note: freezing the selection costs {100 * (made.model - made.network):.1f} points.",
                           markup=False, soft_wrap=True)  # fmt: skip
+    return 0
+
+
+def _measure(arguments: list[str]) -> int:
+    o = tyro.cli(Measure, prog="afds measure", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    from afds.files import write_json
+    from afds.measure import measure_run
+
+    console = Console(highlight=False)
+    result = measure_run(o.run, threads=o.threads, batches=o.batch, only=o.only, rounds=o.rounds, data=o.data,
+                         profile=o.profile, say=lambda line: console.print(line, markup=False))  # fmt: skip
+    if o.json is not None:
+        write_json(o.json, result.to_dict())
+    console.print(f"{result.arch}, {result.input_size} px, float32, {result.hardware['cpu']}", markup=False)
+    for threads, batch in dict.fromkeys((row.threads, row.batch) for row in result.rows):
+        table = Table(title=f"threads {threads}, batch {batch}: median ms (quarters)")
+        for name in ("network", "runtime", "ms", "p90", "speed-up", "MACs", "share"):
+            table.add_column(name, justify="left" if name in ("network", "runtime") else "right", no_wrap=True)
+        for row in (r for r in result.rows if (r.threads, r.batch) == (threads, batch)):
+            share = "" if row.share is None else f"{row.share:.2f}"
+            table.add_row(row.form, row.runtime, f"{row.median_ms:.2f} ({row.low_ms:.2f}-{row.high_ms:.2f})",
+                          f"{row.p90_ms:.2f}", f"{row.speedup:.2f}x", f"{row.macs_ratio:.2f}x fewer", share)  # fmt: skip
+        console.print(table)
+    if result.profile:
+        layers = Table(title="native runtime, one thread, by layer")
+        for name in result.profile[0]:
+            layers.add_column(name)
+        for layer in result.profile:
+            layers.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in layer.values()))
+        console.print(layers)
+    if result.accuracy is not None:
+        console.print(f"validation accuracy of the run: {result.accuracy:.1%}")
+    for what, why in result.skipped.items():
+        console.print(f"left out: {what}: {why}", markup=False, soft_wrap=True)
+    for line in result.verdict:
+        console.print(line, markup=False, soft_wrap=True)
     return 0
 
 

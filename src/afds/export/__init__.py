@@ -117,6 +117,16 @@ def export_run(
     return checked
 
 
+def training_batches(run: Run, data: Path | None = None) -> Iterable[Tensor]:
+    """Images (B, 3, H, W) to freeze a run's selection on: of ``data``, or of the photos that it was fitted on.
+
+    Raises:
+        ExportError: they are not there any more.
+    """
+    items = _photos(run, data, lambda line: None, needs_training=True)[1]
+    return (x_BCHW for x_BCHW, _ in _batches(run, items))
+
+
 def _where(out: Path | None, run: Run, kind: str, static_form: bool) -> Path:
     suffix = SUFFIX[kind]
     out = out or run.path / f"{'static' if static_form else 'model'}{suffix}"

@@ -76,6 +76,11 @@ def write_torch(network: nn.Module, out: Path, side: int, classes: int, facts: d
         torch.export.save(program, out, extra_files={FACTS: json.dumps(facts, ensure_ascii=False)})
 
 
+def onnx_bytes(network: nn.Module, side: int, classes: int, dynamic: bool) -> bytes:
+    """An ONNX file in memory."""
+    return _onnx(network, side, classes, dynamic).SerializeToString()
+
+
 def _onnx(network: nn.Module, side: int, classes: int, dynamic: bool) -> Any:
     if dynamic:
         from afds.export.onnx_graph import dynamic_graph
