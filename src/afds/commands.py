@@ -259,8 +259,9 @@ def _measure(arguments: list[str]) -> int:
             table.add_column(name, justify="left" if name in ("network", "runtime") else "right", no_wrap=True)
         for row in (r for r in result.rows if (r.threads, r.batch) == (threads, batch)):
             share = "" if row.share is None else f"{row.share:.2f}"
-            table.add_row(row.form, row.runtime, f"{row.median_ms:.2f} ({row.low_ms:.2f}-{row.high_ms:.2f})",
-                          f"{row.p90_ms:.2f}", f"{row.speedup:.2f}x", f"{row.macs_ratio:.2f}x fewer", share)  # fmt: skip
+            median = f"{row.median_ms:.2f} ({row.low_ms:.2f}-{row.high_ms:.2f})"
+            ratios = (f"{row.speedup:.2f}x", f"{row.macs_ratio:.2f}x fewer", share)
+            table.add_row(row.form, row.runtime, median, f"{row.p90_ms:.2f}", *ratios)
         console.print(table)
     if result.profile:
         layers = Table(title="native runtime, one thread, by layer")
