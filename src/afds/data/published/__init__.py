@@ -5,6 +5,6 @@
 
 from afds.data.published.catalogue import PublishedFile, PublishedSet, catalogue
 from afds.data.published.plan import Options
-from afds.data.published.prepare import Prepared, prepare
+from afds.data.published.preparing import Prepared, prepare
 
 __all__ = ["Options", "Prepared", "PublishedFile", "PublishedSet", "catalogue", "prepare"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 
+import numpy as np
+
 from afds.data.published.plan import Options, Plan, Readable, find_one, from_lists, lines_of
 from afds.errors import DataError
 
@@ -33,7 +35,7 @@ def _file_list(source: Readable, name: str) -> list[str]:
         raise DataError(f"{where}: it holds no `file_list`. The file is not as published.")
     entries = []
     for cell in content["file_list"].ravel():
-        while hasattr(cell, "size") and not isinstance(cell, str):  # a cell is an array that holds an array
+        while isinstance(cell, np.ndarray):  # a cell is an array that holds an array
             if cell.size != 1:
                 raise DataError(f"{where}: an entry of `file_list` is no file name. The file is not as published.")
             cell = cell.ravel()[0]

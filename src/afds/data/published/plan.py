@@ -148,7 +148,7 @@ def from_lists(
         raise DataError(
             f"No images at {folder}/CLASS/IMAGE in what was given. The images' archive is not as published."
         )
-    by_lower = {(c.lower(), f.lower()): name for (c, f), name in images.items()}
+    by_lower = {(c.lower(), f.lower()): (c, f) for c, f in images}
     seen: dict[tuple[str, str], str] = {}
     missing: list[str] = []
     respelled = twice = 0
@@ -158,6 +158,10 @@ def from_lists(
         for entry in entries:
             count += 1
             pair = split_pair(entry, where)
+            if pair not in images:
+                found = by_lower.get((pair[0].lower(), pair[1].lower()))
+                respelled += found is not None
+                pair = found or pair
             if pair in seen:
                 if seen[pair] != split:
                     raise DataError(
@@ -167,14 +171,11 @@ def from_lists(
                 twice += 1
                 continue
             seen[pair] = split
-            name = images.get(pair)
-            if name is None:
-                name = by_lower.get((pair[0].lower(), pair[1].lower()))
-                respelled += name is not None
-            if name is None:
-                missing.append("/".join(pair))
+            if pair in images:
+                label, file = (component(part, images[pair]) for part in pair)
+                plan.targets[images[pair]] = Target(split, label, file)
             else:
-                plan.targets[name] = Target(split, pair[0], pair[1])
+                missing.append("/".join(pair))
         if not count:
             raise DataError(f"{where}: an empty list. The file is not as published.")
     if missing:

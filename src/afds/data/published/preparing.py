@@ -322,23 +322,26 @@ def _finished(out: Path, made_with: dict[str, Any]) -> Prepared | None:
     if before != made_with:
         other = ", ".join(f"{k} {before.get(k)}" for k in made_with if before.get(k) != made_with[k])
         raise DataError(f"--out {out} was prepared with other options ({other}). Name another folder, or delete it.")
-    have = _count(out)
-    if have != {"train": train, "test": test}:
+    have, size = _count(out)
+    if have != {"train": train, "test": test} or size != note.get("bytes"):
         raise DataError(
-            f"--out {out}: {have['train']:,} training and {have['test']:,} test images are there of {train:,} and "
-            f"{test:,}. Files were taken out or added; delete the folder and prepare it again."
+            f"--out {out}: {have['train']:,} training and {have['test']:,} test images of {size:,} bytes are there, "
+            f"and {train:,} and {test:,} of {note.get('bytes')} were. Files were taken out, added or changed; delete the "
+            "folder and prepare it again."
         )
     return Prepared(out, classes, train, test, (), fresh=False)
 
 
-def _count(folder: Path) -> dict[str, int]:
-    """Files in the class folders of each split."""
-    counts = {}
-    for split in ("train", "test"):
+def _count(folder: Path) -> tuple[dict[str, int], int]:
+    """Files in the class folders of each split, and their bytes (a power cut may leave empty ones)."""
+    counts, size = {"train": 0, "test": 0}, 0
+    for split in counts:
         with contextlib.suppress(FileNotFoundError):
-            classes = [e.path for e in os.scandir(folder / split) if e.is_dir()]
-            counts[split] = sum(len(os.listdir(c)) for c in classes)
-    return {"train": 0, "test": 0} | counts
+            for label in [e.path for e in os.scandir(folder / split) if e.is_dir()]:
+                for file in os.scandir(label):
+                    counts[split] += 1
+                    size += file.stat().st_size
+    return counts, size
 
 
 def _leftovers(out: Path) -> list[Path]:
@@ -374,13 +377,12 @@ def _write(
             tell("Taking out", done, len(plan.targets))
 
         bundle.each(plan.targets, sink)
-        have = _count(building)
+        have, size = _count(building)
         if have != {s: plan.count(s) for s in ("train", "test")}:
             raise DataError(f"--out {out}: its file system took {sum(have.values()):,} files of {len(plan.targets):,}; "
                             "does it tell capitals apart?")  # fmt: skip
-        _note(building, published, bundle, plan, made_with)
+        _note(building, published, bundle, plan, made_with, size)
         building.chmod(0o755)  # mkdtemp's are closed to others
-        os.sync()  # the name must not reach the disk before the images do
         os.rename(building, out.absolute())
     except OSError as error:
         raise DataError(f"--out {out}: cannot be written ({error.strerror}).") from error
@@ -401,7 +403,9 @@ def _kind(head: bytes) -> str:
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
 
 
-def _note(building: Path, published: PublishedSet, bundle: Bundle, plan: Plan, made_with: dict[str, Any]) -> None:
+def _note(
+    building: Path, published: PublishedSet, bundle: Bundle, plan: Plan, made_with: dict[str, Any], size: int
+) -> None:
     content = {
         "made_with": made_with,
         "title": published.title,
@@ -410,5 +414,6 @@ def _note(building: Path, published: PublishedSet, bundle: Bundle, plan: Plan, m
         "classes": plan.classes,
         "train": plan.count("train"),
         "test": plan.count("test"),
+        "bytes": size,
     }
     (building / NOTE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
