@@ -588,6 +588,7 @@ def test_a_second_run_leaves_the_folder_alone(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "down")  # what is done needs the archives no more
     again = take("dogs120", [], tmp_path / "out")
     assert not again.fresh
+    assert any("not the published set" in note for note in again.notes)  # said again, as it still holds
     assert (again.train, again.test) == (6, 4)
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
 

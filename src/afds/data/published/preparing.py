@@ -76,7 +76,8 @@ def prepare(
     made_with = {"set": published.name, **asdict(options)}
     if (ready := _finished(out, made_with)) is not None:
         return ready
-    notes = [f"left behind by an interrupted run, delete it: {p}" for p in _leftovers(out)]
+    passing = [f"left behind by an interrupted run, delete it: {p}" for p in _leftovers(out)]
+    notes: list[str] = []  # those about the data, which are kept in the folder
     found = locate(published, given)
     checked = [f for f in published.files if f in found.packed]
     if not skip_checksum:
@@ -104,8 +105,8 @@ def prepare(
         notes.append("no checksum of what was unpacked already; the number of images is right."
                      if not skip_checksum else "no checksum of what was unpacked already.")  # fmt: skip
     notes += plan.notes
-    notes += _write(published, bundle, plan, out, made_with, tell)
-    return Prepared(out, plan.classes, plan.count("train"), plan.count("test"), tuple(notes), fresh=True)
+    _write(published, bundle, plan, out, made_with, notes, tell)
+    return Prepared(out, plan.classes, plan.count("train"), plan.count("test"), (*passing, *notes), fresh=True)
 
 
 # What was given
@@ -314,7 +315,7 @@ def _finished(out: Path, made_with: dict[str, Any]) -> Prepared | None:
     try:
         note = json.loads((out / NOTE).read_text("utf-8"))
         train, test, classes = (int(note[k]) for k in ("train", "test", "classes"))
-        before = dict(note["made_with"])
+        before, notes = dict(note["made_with"]), tuple(str(line) for line in note["notes"])
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(
             f"--out {out} is not empty and afds did not prepare it. Name a new folder; nothing is ever overwritten."
@@ -326,10 +327,10 @@ def _finished(out: Path, made_with: dict[str, Any]) -> Prepared | None:
     if have != {"train": train, "test": test} or size != note.get("bytes"):
         raise DataError(
             f"--out {out}: {have['train']:,} training and {have['test']:,} test images of {size:,} bytes are there, "
-            f"and {train:,} and {test:,} of {note.get('bytes')} were. Files were taken out, added or changed; delete the "
-            "folder and prepare it again."
+            f"and {train:,} and {test:,} of {note.get('bytes')} were. Files were taken out, added or changed; delete "
+            "the folder and prepare it again."
         )
-    return Prepared(out, classes, train, test, (), fresh=False)
+    return Prepared(out, classes, train, test, notes, fresh=False)
 
 
 def _count(folder: Path) -> tuple[dict[str, int], int]:
@@ -350,9 +351,15 @@ def _leftovers(out: Path) -> list[Path]:
 
 
 def _write(
-    published: PublishedSet, bundle: Bundle, plan: Plan, out: Path, made_with: dict[str, Any], tell: Tell
-) -> list[str]:
-    """Take the planned images out, all or nothing. Returns notes."""
+    published: PublishedSet,
+    bundle: Bundle,
+    plan: Plan,
+    out: Path,
+    made_with: dict[str, Any],
+    notes: list[str],
+    tell: Tell,
+) -> None:
+    """Take the planned images out, all or nothing. Adds to `notes` what their bytes tell."""
     parent = out.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -381,13 +388,17 @@ def _write(
         if have != {s: plan.count(s) for s in ("train", "test")}:
             raise DataError(f"--out {out}: its file system took {sum(have.values()):,} files of {len(plan.targets):,}; "
                             "does it tell capitals apart?")  # fmt: skip
-        _note(building, published, bundle, plan, made_with, size)
+        notes += _about_formats(formats, odd)
+        _note(building, published, bundle, plan, made_with, size, notes)
         building.chmod(0o755)  # mkdtemp's are closed to others
         os.rename(building, out.absolute())
     except OSError as error:
         raise DataError(f"--out {out}: cannot be written ({error.strerror}).") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _about_formats(formats: Counter[str], odd: list[str]) -> list[str]:
     notes = []
     others = {k: n for k, n in formats.items() if k not in ("JPEG", "")}
     if others:
@@ -404,7 +415,13 @@ def _kind(head: bytes) -> str:
 
 
 def _note(
-    building: Path, published: PublishedSet, bundle: Bundle, plan: Plan, made_with: dict[str, Any], size: int
+    building: Path,
+    published: PublishedSet,
+    bundle: Bundle,
+    plan: Plan,
+    made_with: dict[str, Any],
+    size: int,
+    notes: list[str],
 ) -> None:
     content = {
         "made_with": made_with,
@@ -415,5 +432,6 @@ def _note(
         "train": plan.count("train"),
         "test": plan.count("test"),
         "bytes": size,
+        "notes": notes,
     }
     (building / NOTE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
