@@ -82,6 +82,10 @@ def run(verb: str, arguments: list[str]) -> int:
 
     Raises AfdsError for what the user can mend, SystemExit after help and for options that cannot be read.
     """
+    if verb == "prepare":
+        from afds.prepare_command import prepare_command
+
+        return prepare_command(arguments)
     return {"fit": _fit, "evaluate": _evaluate, "predict": _predict, "report": _report, "demo": _demo}[verb](arguments)
 
 
