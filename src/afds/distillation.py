@@ -38,9 +38,11 @@ class TapPoint:
     reads_input: bool = False
 
 
-def tap_points(model: nn.Module, names: Sequence[str]) -> dict[str, TapPoint]:
-    """Tap points of ConvBN outputs by unit, in a network with or without selection."""
+def tap_points(model: nn.Module, names: Sequence[str], *, before_norm: bool = False) -> dict[str, TapPoint]:
+    """Tap points of ConvBN outputs by unit, or of their convolutions', in a network with or without selection."""
     if any(True for _ in selective_units(model)):
+        return {name: TapPoint(name + ".conv" * before_norm) for name in names}
+    if before_norm:
         return {name: TapPoint(name) for name in names}
     norms = {unit.name: unit.norm for unit in convbn_units(model)}
     points = {}
@@ -86,13 +88,18 @@ class FrozenNetwork:
     Args:
         features: paths of the ConvBN units whose outputs are compared.
         blocks: paths of residual blocks whose outputs are compared.
+        before_norm: compare the convolutions' outputs; nothing is folded then.
     """
 
-    def __init__(self, model: nn.Module, features: Sequence[str], blocks: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, features: Sequence[str], blocks: Sequence[str] = (), *, before_norm: bool = False
+    ) -> None:
         self.features = tuple(features)
         self.network = copy.deepcopy(model).eval().requires_grad_(False)
         self.points = {name: TapPoint(name) for name in (*self.features, *blocks)}
-        if not any(True for _ in selective_units(self.network)):
+        if before_norm:
+            self.points |= tap_points(self.network, self.features, before_norm=True)
+        elif not any(True for _ in selective_units(self.network)):
             _fold(self.network)
 
     @torch.no_grad()

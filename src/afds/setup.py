@@ -172,7 +172,7 @@ class Setup:
         units = [name for name, _ in selective_units(network)] or [u.name for u in convbn_units(network)]
         features = stage_ends(network, units)
         if transfer == "delta":
-            teacher = FrozenNetwork(self._anchor(dense_network), features).to(device)
+            teacher = FrozenNetwork(self._anchor(dense_network), features, before_norm=True).to(device)
             labelled = self._labelled(self.splits.train, c.transfer.delta_images)
             weights = channel_weights(teacher, features, labelled, len(self.splits.classes))
             return [Delta(c.transfer.delta, weights)], teacher

@@ -60,8 +60,10 @@ class Task(nn.Module):
         self.terms = nn.ModuleList(terms)  # so that what they learn is the task's
         self.config = config
         self.head = tuple(f"network.{prefix}" for prefix in head)
-        units = [unit for term in terms for unit in term.units]
-        self.points = tap_points(network, units) if units else {}
+        self.points: dict[str, TapPoint] = {}
+        for term in terms:
+            if term.units:
+                self.points |= tap_points(network, term.units, before_norm=term.before_norm)
         self.points |= {name: TapPoint(name) for term in terms for name in term.blocks}
 
     def forward(

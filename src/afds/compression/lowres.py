@@ -1,7 +1,6 @@
 """The same network on smaller images: the competitor that needs no method at all.
 
-MACs of a ConvNet fall about with the square of the side. The largest side, in steps of 4 pixels, whose counted MACs
-meet the budget is taken.
+MACs of a ConvNet fall about with the square of the side. The largest side whose counted MACs meet the budget is taken.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from torch import nn
 from afds.cost import CostMeter
 from afds.errors import BudgetError, SourceError
 
-SMALLEST, STEP = 16, 4  # pixels
+SMALLEST = 16  # pixels
 
 
 def macs_at(network: nn.Module, side: int) -> float:
@@ -36,14 +35,14 @@ def input_size_for(network: nn.Module, macs: float, largest: int) -> int:
     """
     if macs_at(network, largest) <= macs:
         return largest
-    low, high = SMALLEST // STEP, -(-largest // STEP)  # in steps; high is too dear, or no whole step
-    if macs_at(network, low * STEP) > macs:
+    low, high = SMALLEST, largest
+    if macs_at(network, low) > macs:
         raise BudgetError(f"{macs / 1e6:.1f} M MACs cannot be reached by smaller images: at {SMALLEST} pixels this "
                           f"network costs {macs_at(network, SMALLEST) / 1e6:.1f} M. Ask for less.")  # fmt: skip
     while high - low > 1:
         middle = (low + high) // 2
-        if macs_at(network, middle * STEP) <= macs:
+        if macs_at(network, middle) <= macs:
             low = middle
         else:
             high = middle
-    return low * STEP
+    return low

@@ -116,18 +116,38 @@ def _prune(network: nn.Module, plan: Pruning, share: float) -> list[Any]:
     was_training = network.training
     network.eval().requires_grad_(True)
     importance = l1.importance() if plan.method == "l1" else slimming.importance()
+
+    def pruner(per_layer: dict[nn.Module, float] | None = None) -> Any:
+        return tp.pruner.BasePruner(network, _image(network, plan), importance, pruning_ratio=share,
+                                    pruning_ratio_dict=per_layer, ignored_layers=_heads(network))  # fmt: skip
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on parameters that it leaves alone
         try:
-            pruner = tp.pruner.BasePruner(
-                network, _image(network, plan), importance, global_pruning=plan.scope == "network",
-                pruning_ratio=share, max_pruning_ratio=MOST, ignored_layers=_heads(network),
-            )  # fmt: skip
-            pruner.step()
+            chosen = pruner(_compete(pruner(), importance, share) if plan.scope == "network" else None)
+            chosen.step()
         except Exception as error:  # whatever it makes of networks that it does not know
             raise SourceError(f"torch-pruning cannot prune {type(network).__name__}: {error}") from error
     network.train(was_training)
-    return pruner.pruning_history()
+    return chosen.pruning_history()
+
+
+def _compete(pruner: Any, importance: Any, share: float) -> dict[nn.Module, float]:
+    """The share to cut of each layer, so that the least important channels of the whole network go.
+
+    Not torch-pruning's own global mode, which leaves a layer whole where all of its channels fall below the threshold:
+    here `MOST` of them go.
+    """
+    groups = list(pruner.DG.get_all_groups(pruner.ignored_layers, pruner.root_module_types))
+    scores = [importance(group).detach().cpu() for group in groups]
+    order = torch.cat(scores).argsort(stable=True)
+    owner = torch.cat([torch.full((len(score),), i) for i, score in enumerate(scores)])
+    falling = owner[order[: round(share * len(order))]].bincount(minlength=len(groups)).tolist()
+    found = {}
+    for group, score, count in zip(groups, scores, falling, strict=True):
+        count = min(count, int(MOST * len(score)))
+        found[group[0].dep.target.module] = max(0.0, (count - 0.5) / len(score))  # torch-pruning rounds down
+    return found
 
 
 def _graph(network: nn.Module, plan: Pruning) -> Any:

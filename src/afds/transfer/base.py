@@ -33,12 +33,14 @@ class Regulariser(nn.Module):
         name: of the term in the record.
         weight: factor of the term in the loss.
         units, blocks: ConvBN units and residual blocks whose outputs are compared.
+        before_norm: the units' convolutions are compared, before their batch norms.
         replaces_decay: the term takes the place of weight decay on the backbone.
         facts: numbers of the last step worth logging, by unit.
     """
 
     name = ""
     replaces_decay = False
+    before_norm = False
 
     def __init__(self, weight: float, units: tuple[str, ...] = (), blocks: tuple[str, ...] = ()) -> None:
         super().__init__()

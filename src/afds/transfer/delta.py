@@ -11,9 +11,9 @@
 Li, Xiong, Wang, Rao, Liu, Huan, *DELTA: Deep Learning Transfer using Feature Map with Attention*, ICLR 2019. The
 increase is measured on the source network as a feature extractor, a classifier of the new task trained on it: that
 is the supervision. The standardisation, the temperature of 5, the factor C / (H W), the sum over images and the
-weight 0.01 of the published code are kept; the classifier has weight decay. Ours: F_l is the ConvBN output, as in AFD
-(their hook is before the batch norm), and the sum over images is a mean, times the batch of 64 of their recipe, so
-that the weight means the same at any batch size; the classifier is fitted on pooled features, by LBFGS.
+weight 0.01 of the published code are kept, as is the place: F_l is the output of the last convolution of each stage,
+before its batch norm. Ours: the sum over images is a mean, times the batch of 64 of their recipe, so that the weight
+means the same at any batch size; the classifier is fitted on pooled features, by LBFGS.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Delta(Regulariser):
 
     name = "delta"
     replaces_decay = True
+    before_norm = True
 
     def __init__(self, weight: float, weights: dict[str, Tensor]) -> None:
         super().__init__(weight, units=tuple(weights))
