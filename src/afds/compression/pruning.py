@@ -139,7 +139,9 @@ def _compete(pruner: Any, importance: Any, share: float) -> dict[nn.Module, floa
     here `MOST` of them go.
     """
     groups = list(pruner.DG.get_all_groups(pruner.ignored_layers, pruner.root_module_types))
-    scores = [importance(group).detach().cpu() for group in groups]
+    scored = [(group, importance(group)) for group in groups]
+    scored = [(group, score.detach().cpu()) for group, score in scored if score is not None]  # a group without norms
+    groups, scores = [group for group, _ in scored], [score for _, score in scored]
     order = torch.cat(scores).argsort(stable=True)
     owner = torch.cat([torch.full((len(score),), i) for i, score in enumerate(scores)])
     falling = owner[order[: round(share * len(order))]].bincount(minlength=len(groups)).tolist()
