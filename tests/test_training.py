@@ -71,6 +71,7 @@ def test_record_says_what_is_needed_to_repeat(finished: Path) -> None:
     config = json.loads((finished / "config.json").read_text())
     assert config["config"]["seed"] == 0
     assert config["hardware"]["versions"]["torch"] == torch.__version__
+    assert config["config"]["hardware"]["precision"] == config["hardware"]["precision"]  # what auto came to
     assert config["data"]["train"] == 48
     assert {"loss", "lr", "wait_share", "images_per_s"} <= set(lines(finished, "step")[0])
     assert len(lines(finished, "epoch")) == 4

@@ -218,7 +218,7 @@ class HardwareConfig:
     devices: int = 1
     """How many devices (processes, on a CPU) train together."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
-    """`auto`: bf16-mixed where the device computes in bf16, else 32-true."""
+    """`auto`: bf16-mixed where the device is measured to train faster in it, else 32-true."""
 
     def __post_init__(self) -> None:
         _require(self.devices >= 1, "hardware.devices", self.devices, "1 or more")

@@ -67,6 +67,9 @@ def fit(config: FitConfig, *, quiet: bool = False) -> FitResult:
         parse_source(config.source)
     fabric = make_fabric(config.hardware)
     fabric.launch()
+    # What `auto` came to goes into the record: steps before this run, and a resumed one, compute in the same.
+    precision: Any = fabric._precision.precision
+    config = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, precision=precision))
     progress = Progress(quiet=quiet or not fabric.is_global_zero)
     splits, facts = read_photos(config, progress)
     fabric.barrier()  # all have looked at --out before one writes there
