@@ -186,8 +186,8 @@ def test_changed_photos_are_not_resumed(digits: Path, tmp_path: Path, monkeypatc
 def test_predictors_have_a_rate_of_their_own(tiny_resnet: torch.nn.Module) -> None:
     from afds.selection import gates, select
 
-    task = Task(select(tiny_resnet), None, FitConfig())
-    groups = parameter_groups(task, OptimConfig(predictor_lr=3.0))
+    task = Task(select(tiny_resnet), (), FitConfig())
+    groups = parameter_groups(task, FitConfig(optim=OptimConfig(predictor_lr=3.0)))
     predicting = {id(g.predictor.weight) for g in gates(task.network).values()}
     assert {id(p) for p in groups[1]["params"]} == predicting
     assert groups[1]["multiple"] == 3.0
