@@ -45,8 +45,10 @@ class DataConfig:
     """Share of the training images set aside for choices, where there is no val/ folder."""
     test_fraction: float = 0.15
     """Share set aside for the final figure, where DATA has no train/ and test/ folders."""
+    crop: Literal["resized", "random"] = "resized"
+    """Training crops. resized: a random part at a random scale; random: resize, then a random square (DELTA)."""
     scale: float = 0.35
-    """Smallest area of a random training crop, as a share of the image."""
+    """Smallest area of a `resized` training crop, as a share of the image."""
     flip: bool = True
     """Mirror training images at random."""
     workers: int = 2

@@ -104,7 +104,7 @@ class Setup:
         task.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
         o, d = config.optim, config.data_options
-        augment = Augment(scale=(d.scale, 1.0), flip=d.flip)
+        augment = Augment(crop=d.crop, scale=(d.scale, 1.0), flip=d.flip)
         train_set = ImageDataset(splits.train, train_transform(self.preprocess, augment), cache=d.cache)
         loader = make_loader(train_set, batch_size=o.batch_size, shuffle=True, seed=config.seed, workers=d.workers,
                              drop_last=True)  # fmt: skip
