@@ -19,5 +19,4 @@ esac
 exec "$afds" compare $sets --rows "$here/$table.toml" --methods "" --out "$out/$table" \
   --budgets 1x,2x,5x,10x --seeds 3 --epochs 12 --base-epochs 12 --trials 2 --tune-at 5x --reference afds \
   --source "resnet18:$data/weights/resnet18_imagenet.safetensors" \
-  --small-source "resnet18:$data/weights/resnet18_imagenet.safetensors" \
   --data-options.input-size 96 --optim.batch-size 32 "$@"

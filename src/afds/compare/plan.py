@@ -198,7 +198,8 @@ def _trial(c: CompareConfig, trials: dict[str, Trial], row: Row, data: Path, bud
            candidate: int, tuning: tuple[str, ...] = ()) -> Trial:  # fmt: skip
     name = data.resolve().name
     config, needs = whole_fit(c, row, data, budget, seed), tuning
-    base = base_of(config)
+    # With source data the source step comes before the base: `fit` does all three then, and shares none.
+    base = base_of(config) if config.source_data is None else None
     if base is not None:
         base_config = _base_config(c, config, base)
         key = f"bases/{name}/{base}-{_digest(base_config)}-seed{seed}"
