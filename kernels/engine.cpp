@@ -7,12 +7,17 @@
 #include <cstring>
 #include <stdexcept>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace afds {
 
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
+static const int kOrder = getenv("AFDS_ORDER") ? atoi(getenv("AFDS_ORDER")) : 0;
 struct Share {
   int begin, end;
   int size() const { return end - begin; }
@@ -26,6 +31,8 @@ Share share_lines(int floats, int t, int n) {  // whole cache lines, so that two
   const Share s = share((floats + kRound - 1) / kRound, t, n);
   return {std::min(floats, s.begin * kRound), std::min(floats, s.end * kRound)};
 }
+
+constexpr size_t kSlack = 4 * kRound;  // floats behind each array: the loops over pixels read whole vectors
 
 int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
@@ -78,14 +85,48 @@ Floats::Floats(size_t n) : size_(n) {
 
 Floats &Floats::operator=(Floats &&other) noexcept {
   if (this != &other) {
-    std::free(data_);
-    data_ = other.data_, size_ = other.size_;
+    if (owned_) std::free(data_);
+    data_ = other.data_, size_ = other.size_, owned_ = other.owned_;
     other.data_ = nullptr, other.size_ = 0;
   }
   return *this;
 }
 
-Floats::~Floats() { std::free(data_); }
+Floats::~Floats() {
+  if (owned_) std::free(data_);
+}
+
+Arena::~Arena() {
+  for (void *chunk : chunks_) std::free(chunk);
+}
+
+float *Arena::take(size_t n) {
+  constexpr size_t kPage = size_t(2) << 20;  // bytes of a large page
+  const size_t bytes = (n * sizeof(float) + 63) / 64 * 64 + kSlack * sizeof(float);
+  if (bytes > left_) {
+    const size_t size = (std::max(bytes, 4 * kPage) + kPage - 1) / kPage * kPage;
+    void *chunk = std::aligned_alloc(kPage, size);
+    if (!chunk) throw std::bad_alloc();
+    chunks_.push_back(chunk);
+#if defined(__linux__)
+    madvise(chunk, size, MADV_HUGEPAGE);  // where it is refused, small pages do
+#endif
+    at_ = static_cast<char *>(chunk);
+    left_ = size;
+  }
+  float *out = reinterpret_cast<float *>(at_);
+  at_ += bytes;
+  left_ -= bytes;
+  std::memset(out, 0, bytes);
+  return out;
+}
+
+Floats Arena::keep(Floats from) {
+  if (!from.size()) return from;
+  float *to = take(from.size());
+  std::memcpy(to, from.data(), from.size() * sizeof(float));
+  return Floats(to, from.size());
+}
 
 std::vector<std::string> usable_tables() {
   std::vector<std::string> names;
@@ -155,6 +196,15 @@ int Engine::channels() const { return values_[input_].channels; }
 int Engine::height() const { return layout(input_).height; }
 int Engine::width() const { return layout(input_).width; }
 
+// [rows][columns] with each row padded to whole cache lines.
+void Engine::pad_rows(Floats &w, int rows, int columns) {
+  const int pitch = round_up(columns, kRound);
+  Floats out(arena_.take(size_t(rows) * pitch), size_t(rows) * pitch);
+  for (int r = 0; r < rows; ++r)
+    std::copy(w.data() + size_t(r) * columns, w.data() + size_t(r + 1) * columns, out.data() + size_t(r) * pitch);
+  w = std::move(out);
+}
+
 void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, int dilation) {
   check_value(c.x), check_value(c.y);
   check(c.in == values_[c.x].channels && c.out == values_[c.y].channels, c.name + ": channels");
@@ -204,7 +254,7 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
     s.width = columns;
     s.pitch = out.pitch;
     s.lead = round_up(-low, kRound);
-    s.plane = round_up(s.lead + std::max(out.pixels + high, s.height * s.pitch), kRound);
+    s.plane = round_up(s.lead + std::max(out.pixels + high, s.height * s.pitch + kRound), kRound);
     if (s.plane / kRound % 2 == 0) s.plane += kRound;
     const int64_t size = int64_t(s.plane) * c.in * c.phases.size();
     check(size < (int64_t(1) << 31), c.name + ": staging");
@@ -223,11 +273,14 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
     for (int32_t k : g.dynamic) check(k >= 0 && k < c.out, c.name + ": dynamic");
     check(values_[c.x].pooled, c.name + ": its input is not pooled");
     widest_ = std::max({widest_, g.rank, static_cast<int>(n)});
+    pad_rows(g.weight, static_cast<int>(in_rows), static_cast<int>(n));
+    if (g.rank) pad_rows(g.reduce, c.in, g.rank);
   }
   if (c.rows == Rows::kFixed)
     for (size_t i = 0; i < c.fixed.size(); ++i)
       check(c.fixed[i] >= 0 && c.fixed[i] < c.out && (i == 0 || c.fixed[i] > c.fixed[i - 1]), c.name + ": rows");
   if (c.rows == Rows::kFollow) check(c.in == c.out, c.name + ": a depthwise unit with other channels");
+  c.weight = arena_.keep(std::move(c.weight));
   most_steps_ = std::max(most_steps_, c.in * c.taps);
   most_groups_ = std::max(most_groups_, c.groups);
   widest_ = std::max(widest_, c.out);
@@ -287,6 +340,7 @@ void Engine::add_linear(Linear l) {
   check(values_[check_value(l.x)].channels == l.in && values_[l.x].pooled, l.name + ": input");
   check(l.out > 0 && l.weight.size() == size_t(l.in) * l.out && l.bias.size() == size_t(l.out), l.name + ": weights");
   classes_ = l.out;
+  pad_rows(l.weight, l.in, l.out);
   widest_ = std::max(widest_, l.out);
   names_.push_back(l.name);
   ops_.push_back({Op::kLinear, static_cast<int>(linears_.size())});
@@ -298,20 +352,21 @@ void Engine::add_linear(Linear l) {
 std::unique_ptr<Workspace> Engine::make_workspace() const {
   auto ws = std::make_unique<Workspace>();
   for (const Buffer &b : buffers_) {
-    ws->memory.emplace_back(size_t(b.channels) * b.layout.plane);
-    ws->sums.emplace_back(size_t(threads_) * b.channels * kSumLanes);
+    const size_t n = size_t(b.channels) * b.layout.plane, sums = size_t(threads_) * b.channels * kSumLanes;
+    ws->memory.emplace_back(ws->arena.take(n), n);
+    ws->sums.emplace_back(ws->arena.take(sums), sums);
   }
   ws->active.resize(values_.size());
   for (size_t v = 0; v < values_.size(); ++v) {
-    ws->active[v].list.assign(values_[v].channels, 0);
+    ws->active[v].list.assign(values_[v].channels + 1, 0);
     ws->active[v].on.assign(values_[v].channels, 0);
   }
-  ws->staging = Floats(staging_);
-  ws->zeros = Floats(longest_);
+  ws->staging = Floats(ws->arena.take(staging_), staging_);
+  ws->zeros = Floats(longest_ + kSlack);
   for (Floats *f : {&ws->p, &ws->r, &ws->h, &ws->q, &ws->scale, &ws->shift}) *f = Floats(widest_ + kRound);
   ws->p = Floats(size_t(threads_) * round_up(widest_, kRound));
-  for (auto *v : {&ws->keys, &ws->rows, &ws->only}) v->assign(widest_, 0);
-  ws->xoff.assign(most_steps_, 0);
+  for (auto *v : {&ws->keys, &ws->rows, &ws->only}) v->assign(widest_ + 1, 0);
+  ws->xoff.assign(most_steps_ + kAhead, 0);
   ws->woff.assign(most_steps_, 0);
   ws->group_steps.assign(most_groups_ + 1, 0);
   ws->group_rows.assign(most_groups_ + 1, 0);
@@ -512,8 +567,8 @@ void Engine::predict(const Run &run, const Conv &c) const {
   auto product = [&](float *h, Share mine, int n, const float *w, const float *p, const int32_t *list, int m) {
     for (int i = 0; i < m; i += 64) {
       const int count = std::min(64, m - i);
-      for (int j = 0; j < count; ++j) rows[j] = w + size_t(list ? list[i + j] : i + j) * n + mine.begin;
-      table_.axpy(h + mine.begin, mine.size(), rows, p + i, count);
+      for (int j = 0; j < count; ++j) rows[j] = w + size_t(list ? list[i + j] : i + j) * round_up(n, kRound) + mine.begin;
+      table_.axpy(h + mine.begin, round_up(mine.size(), kRound), rows, p + i, count);
     }
   };
   const int n = static_cast<int>(g.dynamic.size());
@@ -550,19 +605,14 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
     const Gate &g = c.gate;
     float *q = ws.q.data();
     const int predicted = static_cast<int>(g.dynamic.size());
-    if (predicted == c.out) {
-      for (int k = 0; k < c.out; ++k) q[k] = std::min(std::max(ws.h[k], 0.0f), g.ceiling);
-    } else {
-      std::copy(g.constant.data(), g.constant.data() + c.out, q);
-      for (int j = 0; j < predicted; ++j) q[g.dynamic[j]] = std::min(std::max(ws.h[j], 0.0f), g.ceiling);
-    }
     int32_t *keys = ws.keys.data();  // positive floats are ordered as their bits are
-    for (int k = 0; k < c.out; ++k) {
-      const float score = q[k] * g.importance[k];
-      int32_t bits;
-      std::memcpy(&bits, &score, sizeof bits);
-      keys[k] = score > 0 ? bits : 0;
+    const float *h = ws.h.data();
+    if (predicted < c.out) {
+      std::copy(g.constant.data(), g.constant.data() + c.out, q);
+      for (int j = 0; j < predicted; ++j) q[g.dynamic[j]] = ws.h[j];
+      h = q;
     }
+    table_.score(keys, q, h, g.importance.data(), g.ceiling, c.out);
     int32_t low = 1;
     int ties = c.out;  // winners that equal `low` and may still be taken
     if (table_.count_ge(keys, c.out, low) > g.k) {
@@ -576,10 +626,17 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
       }
       if (count != g.k) ties = g.k - above;
     }
-    for (int k = 0; k < c.out; ++k) {
-      const bool wins = keys[k] > low || (keys[k] == low && ties-- > 0);
-      rows[n] = k;
-      n += wins;
+    if (ties == c.out) {
+      for (int k = 0; k < c.out; ++k) {  // no branch: it could not be foreseen
+        rows[n] = k;
+        n += keys[k] >= low;
+      }
+    } else {
+      for (int k = 0; k < c.out; ++k) {
+        const bool wins = keys[k] > low || (keys[k] == low && ties-- > 0);
+        rows[n] = k;
+        n += wins;
+      }
     }
     for (int i = 0; i < n; ++i) {
       const int k = rows[i];
@@ -630,17 +687,15 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
     return;
   }
   const Active &res = ws.active[c.res];
-  int total = 0, a = 0, b = 0;
-  while (a < n || b < res.n) {
-    const int ka = a < n ? rows[a] : c.out, kb = b < res.n ? res.list[b] : c.out;
-    if (kb < ka) ws.only[ws.n_only++] = kb;
-    y.list[total++] = std::min(ka, kb);
-    a += ka <= kb;
-    b += kb <= ka;
+  std::copy(res.on.begin(), res.on.end(), y.on.begin());
+  for (int i = 0; i < n; ++i) y.on[rows[i]] = 2;
+  y.n = 0;
+  for (int k = 0; k < c.out; ++k) {
+    y.list[y.n] = ws.only[ws.n_only] = k;
+    y.n += y.on[k] != 0;
+    ws.n_only += y.on[k] == 1;
   }
-  y.n = total;
-  std::fill(y.on.begin(), y.on.end(), 0);
-  for (int i = 0; i < total; ++i) y.on[y.list[i]] = 1;
+  for (int k = 0; k < c.out; ++k) y.on[k] = y.on[k] != 0;
 }
 
 void Engine::stage(const Run &run, const Conv &c) const {
@@ -655,12 +710,8 @@ void Engine::stage(const Run &run, const Conv &c) const {
     std::fill(to, to + s.lead, 0.0f);
     const int height = std::min(s.height, (l.height - dy + c.stride - 1) / c.stride);
     const int width = std::max(0, std::min(s.width, (l.width - dx + c.stride - 1) / c.stride));
-    float *row = to + s.lead;
-    for (int y = 0; y < height; ++y, row += s.pitch) {
-      table_.stride_copy(row, from + (y * c.stride + dy) * l.pitch + dx, width, c.stride);
-      for (int i = width; i < s.pitch; ++i) row[i] = 0.0f;
-    }
-    std::fill(row, to + s.plane, 0.0f);
+    table_.stage(to + s.lead, s.pitch, from + dy * l.pitch + dx, l.pitch * c.stride, height, width, c.stride);
+    std::fill(to + s.lead + height * s.pitch, to + s.plane, 0.0f);
   }
 }
 
@@ -696,9 +747,11 @@ void Engine::tiles(const Run &run, const Conv &c) const {
   const Active *res = c.res >= 0 ? &ws.active[c.res] : nullptr;
 
   Tile tile{};
-  const float *w[kMaxRows], *residual[kMaxRows];
+  const float *w[kMaxRows], *residual[kMaxRows], *fetch[8];
   float *outs[kMaxRows], *sums[kMaxRows];
   tile.w = w;
+  tile.fetch = fetch;
+  const auto &table = c.taps == 1 ? table_.pointwise : table_.tile;
   tile.out = outs;
   tile.res = res ? residual : nullptr;
   tile.sum = pool ? sums : nullptr;
@@ -719,7 +772,7 @@ void Engine::tiles(const Run &run, const Conv &c) const {
     const int px_parts = (px.size() + split.vecs - 1) / split.vecs;
     // The operand that is read again and again should be the one that stays in the cache.
     const int64_t weight_size = int64_t(rows.size()) * tile.steps, x_size = int64_t(tile.steps) / c.taps * px.size() * lanes;
-    const bool rows_outside = weight_size > x_size;
+    const bool rows_outside = kOrder ? kOrder == 1 : weight_size > x_size;
     const int outer = rows_outside ? row_parts : px_parts, inner = rows_outside ? px_parts : row_parts;
     for (int o = 0; o < outer; ++o)
       for (int n = 0; n < inner; ++n) {
@@ -733,11 +786,16 @@ void Engine::tiles(const Run &run, const Conv &c) const {
           if (res) residual[i] = res->on[k] ? plane(ws, c.res, k) + at : ws.zeros.data();
           if (pool) sums[i] = sum(ws, c.y, k, run.t);
         }
+        const int next = std::min(row + r.size(), rows.end - 1);
+        for (int i = 0; i < 8; ++i) {
+          const int k = ws.rows[std::min(next + i % r.size(), rows.end - 1)];
+          fetch[i] = c.weight.data() + size_t(k) * row_floats;
+        }
         tile.x = base + at;
         tile.scale = ws.scale.data() + row;
         tile.shift = ws.shift.data() + row;
         tile.mask = mask + at;
-        table_.tile[r.size()][v.size()](tile);
+        table[r.size()][v.size()](tile);
       }
   }
 }
@@ -776,6 +834,7 @@ void Engine::pool(const Run &run, const PoolOp &p, int op) const {
       float *s = sum(ws, p.y, a.list[i], run.t);
       std::fill(s, s + kSumLanes, 0.0f);
     }
+  constexpr int kWide = 1024;
   // The outputs [first, last) whose window's element d lies inside the map.
   auto inside = [&](int d, int n_in, int n_out) {
     const int q = d - p.pad;
@@ -788,6 +847,19 @@ void Engine::pool(const Run &run, const PoolOp &p, int op) const {
     float *to = plane(ws, p.y, a.list[i]);
     for (int y = 0; y < out.height; ++y) {
       float *row = to + y * out.pitch;
+      const int first = y * p.stride - p.pad;
+      if (p.max && p.kernel == 3 && in.width <= kWide) {  // rows first, then columns
+        const float *r[3];
+        for (int d = 0; d < 3; ++d) r[d] = from + std::min(std::max(first + d, 0), in.height - 1) * in.pitch;
+        float line[kWide];
+        table_.max3(line, r[0], r[1], r[2], in.width);
+        std::fill(row, row + out.width, -INFINITY);
+        for (int dx = 0; dx < 3; ++dx) {
+          const Share cols = inside(dx, in.width, out.width);
+          table_.stride_max(row + cols.begin, line + cols.begin * p.stride + dx - p.pad, cols.size(), p.stride);
+        }
+        continue;
+      }
       std::fill(row, row + out.width, p.max ? -INFINITY : 0.0f);
       const int y0 = y * p.stride - p.pad;
       for (int dy = std::max(0, -y0); dy < p.kernel && y0 + dy < in.height; ++dy)
@@ -909,11 +981,12 @@ void Engine::linear(const Run &run, const Linear &l, int op, float *out) const {
   float *p = ws.p.data() + size_t(run.t) * round_up(widest_, kRound);
   pooled(run, l.x, p);
   const Share mine = share_lines(l.out, run.t, run.n);
+  const int pitch = round_up(l.out, kRound);
   std::copy(l.bias.data() + mine.begin, l.bias.data() + mine.end, out + mine.begin);
   const float *rows[64];
   for (int i = 0; i < a.n; i += 64) {
     const int count = std::min(64, a.n - i);
-    for (int j = 0; j < count; ++j) rows[j] = l.weight.data() + size_t(a.list[i + j]) * l.out + mine.begin;
+    for (int j = 0; j < count; ++j) rows[j] = l.weight.data() + size_t(a.list[i + j]) * pitch + mine.begin;
     table_.axpy(out + mine.begin, mine.size(), rows, p + i, count);
   }
   if (run.t == 0) ws.macs[op] = int64_t(a.n) * l.out;

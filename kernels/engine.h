@@ -23,7 +23,10 @@ class Floats {  // aligned to a cache line, zero at the start
  public:
   Floats() = default;
   explicit Floats(size_t n);
-  Floats(Floats &&other) noexcept : data_(other.data_), size_(other.size_) { other.data_ = nullptr, other.size_ = 0; }
+  Floats(float *borrowed, size_t n) : data_(borrowed), size_(n), owned_(false) {}
+  Floats(Floats &&other) noexcept : data_(other.data_), size_(other.size_), owned_(other.owned_) {
+    other.data_ = nullptr, other.size_ = 0;
+  }
   Floats &operator=(Floats &&other) noexcept;
   ~Floats();
   float *data() { return data_; }
@@ -35,6 +38,19 @@ class Floats {  // aligned to a cache line, zero at the start
  private:
   float *data_ = nullptr;
   size_t size_ = 0;
+  bool owned_ = true;
+};
+
+class Arena {  // memory in large pages: the weights of a network are far more than the TLB covers in small ones
+ public:
+  ~Arena();
+  Floats keep(Floats from);  // a copy that lives as long as the arena
+  float *take(size_t n);     // zero at the start
+
+ private:
+  std::vector<void *> chunks_;
+  char *at_ = nullptr;
+  size_t left_ = 0;
 };
 
 struct Layout {
@@ -136,6 +152,7 @@ struct Active {
 enum Part { kPredictor, kSelect, kPack, kConvolve, kRest, kParts };
 
 struct Workspace {
+  Arena arena;
   std::vector<Floats> memory;  // by buffer
   std::vector<Floats> sums;    // by buffer: [threads][channels][kSumLanes]
   std::vector<Active> active;  // by value
@@ -221,8 +238,11 @@ class Engine {
   void pooled(const Run &run, int value, float *p) const;
   void copy_active(Workspace &ws, int from, int to) const;
 
+  void pad_rows(Floats &w, int rows, int columns);
+
   const Table &table_;
   const int threads_;
+  Arena arena_;
   Pool pool_;
   std::vector<Buffer> buffers_;
   std::vector<Value> values_;

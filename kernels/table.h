@@ -11,6 +11,7 @@ namespace afds {
 constexpr int kMaxRows = 12;  // output channels in a register tile
 constexpr int kMaxVecs = 8;   // vectors of pixels in a register tile
 constexpr int kSumLanes = 16; // pooled sums are kept as this many partial sums, whatever the vector's width
+constexpr int kAhead = 8;     // steps; a pointwise tile asks for its pixels this early, so xoff is longer by it
 constexpr int kRound = 16;    // floats; planes are cut to whole 64-byte lines for every instruction set
 
 enum Act : int { kNone = 0, kRelu, kRelu6, kSilu, kHardswish, kSigmoid, kHardsigmoid };
@@ -19,16 +20,16 @@ enum Act : int { kNone = 0, kRelu, kRelu6, kSilu, kHardswish, kSigmoid, kHardsig
 struct Tile {
   const float *x;            // the block's first pixel in channel 0, tap (0, 0)
   const int32_t *xoff;       // [steps] floats from x: channel and tap
-  const int32_t *woff;       // [steps] floats from the row's start; unused where weights are packed
+  const int32_t *woff;       // [steps] floats from the row's start
   int32_t steps;
-  const float *const *w;     // [rows]; packed: w[0] is [steps][rows]
+  const float *const *w;     // [rows]
   const float *scale;        // [rows]
   const float *shift;        // [rows]
   float *const *out;         // [rows], the block's first pixel
   const float *const *res;   // [rows] or null
   const uint32_t *mask;      // all ones where a pixel is, zero on padding
   float *const *sum;         // [rows] of kSumLanes running sums of what is stored, or null
-  const float *const *fetch; // [rows] or null: the rows of the next tile, to be asked for ahead of time
+  const float *const *fetch; // [8] rows of the next tile of weights, asked for ahead of time; may repeat
   int act;
 };
 
@@ -39,13 +40,17 @@ struct Table {
   int lanes;
   int accumulators;                                // registers that a tile may fill with sums
   TileFn tile[kMaxRows + 1][kMaxVecs + 1];         // null where it would not fit the registers
-  TileFn packed[kMaxRows + 1][kMaxVecs + 1];
+  TileFn pointwise[kMaxRows + 1][kMaxVecs + 1];    // for one tap: each step reads pixels that no other has read
   // h[0..n) += sum_i p[i] * rows[i][0..n)
   void (*axpy)(float *h, int n, const float *const *rows, const float *p, int m);
   // how many of keys[0..n) are >= t
   int (*count_ge)(const int32_t *keys, int n, int32_t t);
-  // dst[x] = src[x * stride]
-  void (*stride_copy)(float *dst, const float *src, int n, int stride);
+  // keys[i] = bits of max(q[i] * importance[i], 0), with q[i] = min(max(h[i], 0), ceiling)
+  void (*score)(int32_t *keys, float *q, const float *h, const float *importance, float ceiling, int n);
+  // dst[y][x] = src[y][x * stride] for x < width, zero from there to the next row; writes up to kRound floats more
+  void (*stage)(float *dst, int dst_pitch, const float *src, int src_pitch, int rows, int width, int stride);
+  // dst[x] = max of three rows
+  void (*max3)(float *dst, const float *a, const float *b, const float *c, int n);
   // dst[x] = max(dst[x], src[x * stride]);  dst[x] += src[x * stride]
   void (*stride_max)(float *dst, const float *src, int n, int stride);
   void (*stride_add)(float *dst, const float *src, int n, int stride);
@@ -53,8 +58,6 @@ struct Table {
   void (*eltwise)(float *out, const float *a, float scale, const float *b, const uint32_t *mask, int n, int act,
                   float *sum);
   void (*activate)(float *v, int n, int act);      // in place, any n
-  // out[i * rows + r] = w[r][woff[i]]
-  void (*pack)(float *out, const float *const *w, int rows, const int32_t *woff, int steps);
 };
 
 extern const Table kTableBase;

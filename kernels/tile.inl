@@ -94,7 +94,7 @@ __attribute__((noinline)) void eltwise(float *out, const float *a, float scale, 
   }
 }
 
-template <int R, int V, bool PACKED>
+template <int R, int V, bool POINTWISE>
 void tile(const Tile &a) {
   vf acc[R][V];
 #pragma GCC unroll 16
@@ -103,18 +103,32 @@ void tile(const Tile &a) {
     for (int v = 0; v < V; ++v) acc[r][v] = set1(0.0f);
   const float *w[R];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) w[r] = PACKED ? a.w[0] + r : a.w[r];
+  for (int r = 0; r < R; ++r) w[r] = a.w[r];
   const float *x = a.x;
   const int32_t *xoff = a.xoff, *woff = a.woff;
+  const float *const *fetch = a.fetch;
+  if (POINTWISE) {  // what is read and written at the end, while the sums are made
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < V; v += 16 / L) __builtin_prefetch(a.out[r] + v * L, 1);
+  }
   for (int32_t s = 0, n = a.steps; s < n; ++s) {
     const float *xs = x + xoff[s];
+    const int64_t at = woff[s];
+    __builtin_prefetch(fetch[s & 7] + at, 0, 2);
+    if (POINTWISE) {
+      __builtin_prefetch(fetch[(s + 4) & 7] + at, 0, 2);
+      const float *ahead = x + xoff[s + kAhead];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; v += 16 / L) __builtin_prefetch(ahead + v * L);
+    }
     vf in[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) in[v] = load(xs + v * L);
-    const int64_t at = PACKED ? int64_t(s) * R : int64_t(woff[s]);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const vf b = set1((PACKED ? w[0] + r : w[r])[at]);
+      const vf b = set1(w[r][at]);
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) acc[r][v] += b * in[v];
     }
@@ -159,9 +173,9 @@ void tile(const Tile &a) {
 
 constexpr bool fits(int r, int v) { return r * v <= AFDS_ACCUMULATORS; }
 
-template <int R, int V, bool PACKED>
+template <int R, int V, bool POINTWISE>
 constexpr TileFn entry() {
-  if constexpr (R > 0 && V > 0 && fits(R, V)) return &tile<R, V, PACKED>;
+  if constexpr (R > 0 && V > 0 && fits(R, V)) return &tile<R, V, POINTWISE>;
   else return nullptr;
 }
 
@@ -204,13 +218,67 @@ int count_ge(const int32_t *keys, int n, int32_t t) {
   return c;
 }
 
-void stride_copy(float *dst, const float *src, int n, int stride) {
-  if (stride == 1) {
-    for (int i = 0; i < n; ++i) dst[i] = src[i];
-  } else if (stride == 2) {
-    for (int i = 0; i < n; ++i) dst[i] = src[2 * i];
-  } else {
-    for (int i = 0; i < n; ++i) dst[i] = src[stride * i];
+void score(int32_t *keys, float *q, const float *h, const float *importance, float ceiling, int n) {
+  const vf zero = set1(0.0f), top = set1(ceiling);
+  int i = 0;
+  for (; i + L <= n; i += L) {
+    const vf v = vmin(top, vmax(zero, load(h + i)));
+    store(q + i, v);
+    const vf s = vmax(v * load(importance + i), zero);  // a NaN becomes zero here: it wins nothing
+    *reinterpret_cast<viu *>(keys + i) = reinterpret_cast<vi>(s);
+  }
+  for (; i < n; ++i) {
+    float v = h[i] > 0 ? h[i] : 0;
+    q[i] = v = v < ceiling ? v : ceiling;
+    v *= importance[i];
+    v = v > 0 ? v : 0;
+    __builtin_memcpy(keys + i, &v, sizeof v);
+  }
+}
+
+// The elements 0, 2, 4, ... of 2 L floats.
+inline __attribute__((always_inline)) vf evens(const float *p) {
+  const vf a = load(p), b = load(p + L);
+#if AFDS_LANES == 16
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#elif AFDS_LANES == 8
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+#else
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6);
+#endif
+}
+
+void stage(float *dst, int dst_pitch, const float *src, int src_pitch, int rows, int width, int stride) {
+  if (stride > 2) {
+    for (int y = 0; y < rows; ++y, dst += dst_pitch, src += src_pitch) {
+      for (int x = 0; x < width; ++x) dst[x] = src[x * stride];
+      for (int x = width; x < dst_pitch; ++x) dst[x] = 0.0f;
+    }
+    return;
+  }
+  vi lane;
+  for (int i = 0; i < L; ++i) lane[i] = i;
+  const int whole = width / L * L;
+  const vi keep = lane < width - whole;  // the last vector of a row: pixels, then zeros
+  for (int y = 0; y < rows; ++y, dst += dst_pitch, src += src_pitch) {
+    int x = 0;
+    if (stride == 1) {
+      for (; x < whole; x += L) store(dst + x, load(src + x));
+      store(dst + x, reinterpret_cast<vf>(reinterpret_cast<vi>(load(src + x)) & keep));
+    } else {
+      for (; x < whole; x += L) store(dst + x, evens(src + 2 * x));
+      store(dst + x, reinterpret_cast<vf>(reinterpret_cast<vi>(evens(src + 2 * x)) & keep));
+    }
+    for (x += L; x < dst_pitch; ++x) dst[x] = 0.0f;
+  }
+}
+
+void max3(float *dst, const float *a, const float *b, const float *c, int n) {
+  int i = 0;
+  for (; i + L <= n; i += L) store(dst + i, vmax(load(a + i), vmax(load(b + i), load(c + i))));
+  for (; i < n; ++i) {
+    const float m = b[i] > c[i] ? b[i] : c[i];
+    dst[i] = a[i] > m ? a[i] : m;
   }
 }
 
@@ -249,11 +317,6 @@ void activate(float *v, int n, int act) {
   }
 }
 
-void pack(float *out, const float *const *w, int rows, const int32_t *woff, int steps) {
-  for (int s = 0; s < steps; ++s)
-    for (int r = 0; r < rows; ++r) out[s * rows + r] = w[r][woff[s]];
-}
-
 }  // namespace
 
 #define AFDS_ROW(R, P)                                                                                          \
@@ -268,7 +331,7 @@ void pack(float *out, const float *const *w, int rows, const int32_t *woff, int 
   }
 
 extern const Table AFDS_TABLE = {AFDS_NAME,  L,          AFDS_ACCUMULATORS, AFDS_ROWS(false), AFDS_ROWS(true),
-                                 axpy,       count_ge,   stride_copy,       stride_max,       stride_add,
-                                 eltwise,    activate,   pack};
+                                 axpy,       count_ge,   score,             stage,            max3,
+                                 stride_max, stride_add, eltwise,           activate};
 
 }  // namespace afds

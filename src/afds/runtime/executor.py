@@ -32,7 +32,7 @@ def usable_isas() -> list[str]:
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Mean seconds per image of one op, of the first thread."""
+    """Seconds per image of one op, of the first thread."""
 
     name: str
     predictor: float
@@ -120,10 +120,11 @@ class Executor:
         }
 
     def profile(self, x_BCHW: np.ndarray, repeats: int = 10) -> list[LayerTime]:
-        """Mean time per image of each op, after one run to warm up."""
+        """Time per image of each op: medians of ``repeats`` runs, after one to warm up."""
         x_BCHW = self._checked(x_BCHW)
         self._engine.run(x_BCHW)
-        seconds = sum(self._engine.run_profiled(x_BCHW) for _ in range(repeats)) / (repeats * len(x_BCHW))
+        runs = [self._engine.run_profiled(x_BCHW) for _ in range(repeats)]
+        seconds = np.median(np.stack(runs), 0) / len(x_BCHW)
         return [LayerTime(op["name"], *map(float, row)) for op, row in zip(self.plan.ops, seconds, strict=True)]
 
     def _checked(self, x_BCHW: np.ndarray) -> np.ndarray:
