@@ -17,7 +17,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-static const int kOrder = getenv("AFDS_ORDER") ? atoi(getenv("AFDS_ORDER")) : 0;
 struct Share {
   int begin, end;
   int size() const { return end - begin; }
@@ -31,6 +30,15 @@ Share share_lines(int floats, int t, int n) {  // whole cache lines, so that two
   const Share s = share((floats + kRound - 1) / kRound, t, n);
   return {std::min(floats, s.begin * kRound), std::min(floats, s.end * kRound)};
 }
+
+struct Steps {  // `total` in `parts` of nearly equal size, the larger ones first; no division in the loop
+  int small, larger;
+  Steps(int total, int parts) : small(total / parts), larger(total - total / parts * parts) {}
+  Share operator[](int i) const {
+    const int begin = i * small + std::min(i, larger);
+    return {begin, begin + small + (i < larger)};
+  }
+};
 
 constexpr size_t kSlack = 4 * kRound;  // floats behind each array: the loops over pixels read whole vectors
 
@@ -63,7 +71,7 @@ Split best_split(const Table &table, int rows, int vecs) {
   for (int r = 1; r <= std::min(rows, kMaxRows); ++r) {
     int most = 0;
     for (int v = 1; v <= kMaxVecs; ++v)
-      if (table.tile[r][v]) most = v;
+      if (table.tile[kPlain][r][v]) most = v;
     if (!most) continue;
     const int row_parts = (rows + r - 1) / r, small = rows / row_parts, large = rows - small * row_parts;
     float cost = (row_parts - large) * parts_cost(vecs, most, small, false);
@@ -370,6 +378,13 @@ std::unique_ptr<Workspace> Engine::make_workspace() const {
   ws->woff.assign(most_steps_, 0);
   ws->group_steps.assign(most_groups_ + 1, 0);
   ws->group_rows.assign(most_groups_ + 1, 0);
+  ws->pointers.resize(threads_);
+  for (auto &p : ws->pointers) {
+    p.w.assign(widest_ + kMaxRows, nullptr);
+    p.res.assign(widest_, nullptr);
+    p.out.assign(widest_, nullptr);
+    p.sum.assign(widest_, nullptr);
+  }
   ws->macs.assign(ops_.size(), 0);
   ws->seconds.assign(ops_.size() * kParts, 0.0);
   ws->chosen.resize(ops_.size());
@@ -746,16 +761,21 @@ void Engine::tiles(const Run &run, const Conv &c) const {
   const size_t row_floats = size_t(c.in / c.groups) * c.taps;
   const Active *res = c.res >= 0 ? &ws.active[c.res] : nullptr;
 
+  Workspace::Pointers &ptr = ws.pointers[run.t];
+  for (int i = 0; i < ws.n_rows; ++i) {
+    const int k = ws.rows[i];
+    ptr.w[i] = c.weight.data() + size_t(k) * row_floats;
+    ptr.out[i] = plane(ws, c.y, k);
+    if (res) ptr.res[i] = res->on[k] ? plane(ws, c.res, k) : ws.zeros.data();
+    if (pool) ptr.sum[i] = sum(ws, c.y, k, run.t);
+  }
+  for (int i = 0; i < kMaxRows && ws.n_rows; ++i) ptr.w[ws.n_rows + i] = ptr.w[ws.n_rows - 1];
+
   Tile tile{};
-  const float *w[kMaxRows], *residual[kMaxRows], *fetch[8];
-  float *outs[kMaxRows], *sums[kMaxRows];
-  tile.w = w;
-  tile.fetch = fetch;
-  const auto &table = c.taps == 1 ? table_.pointwise : table_.tile;
-  tile.out = outs;
-  tile.res = res ? residual : nullptr;
-  tile.sum = pool ? sums : nullptr;
+  tile.mask = mask;
   tile.act = c.act;
+  const float *fetch[8];
+  tile.fetch = fetch;
   for (int g = groups.begin; g < groups.end; ++g) {
     Share rows{ws.group_rows[g], ws.group_rows[g + 1]};
     if (by_rows) {
@@ -771,32 +791,32 @@ void Engine::tiles(const Run &run, const Conv &c) const {
     const int row_parts = (rows.size() + split.rows - 1) / split.rows;
     const int px_parts = (px.size() + split.vecs - 1) / split.vecs;
     // The operand that is read again and again should be the one that stays in the cache.
-    const int64_t weight_size = int64_t(rows.size()) * tile.steps, x_size = int64_t(tile.steps) / c.taps * px.size() * lanes;
-    const bool rows_outside = kOrder ? kOrder == 1 : weight_size > x_size;
-    const int outer = rows_outside ? row_parts : px_parts, inner = rows_outside ? px_parts : row_parts;
-    for (int o = 0; o < outer; ++o)
-      for (int n = 0; n < inner; ++n) {
-        const Share r = share(rows.size(), rows_outside ? o : n, row_parts);
-        const Share v = share(px.size(), rows_outside ? n : o, px_parts);
-        const int at = (px.begin + v.begin) * lanes, row = rows.begin + r.begin;
-        for (int i = 0; i < r.size(); ++i) {
-          const int k = ws.rows[row + i];
-          w[i] = c.weight.data() + size_t(k) * row_floats;
-          outs[i] = plane(ws, c.y, k) + at;
-          if (res) residual[i] = res->on[k] ? plane(ws, c.res, k) + at : ws.zeros.data();
-          if (pool) sums[i] = sum(ws, c.y, k, run.t);
-        }
-        const int next = std::min(row + r.size(), rows.end - 1);
-        for (int i = 0; i < 8; ++i) {
-          const int k = ws.rows[std::min(next + i % r.size(), rows.end - 1)];
-          fetch[i] = c.weight.data() + size_t(k) * row_floats;
-        }
-        tile.x = base + at;
-        tile.scale = ws.scale.data() + row;
-        tile.shift = ws.shift.data() + row;
-        tile.mask = mask + at;
-        table[r.size()][v.size()](tile);
-      }
+    const int64_t weights = int64_t(rows.size()) * tile.steps, pixels = int64_t(tile.steps) / c.taps * px.size() * lanes;
+    const bool rows_outside = weights > pixels;
+    auto block = [&](Share r, Share v) {
+      const int at = (px.begin + v.begin) * lanes, row = rows.begin + r.begin;
+      const bool weights_new = v.begin == 0;  // the first pixels of a row meet its weights in memory far away
+      if (weights_new)
+        for (int i = 0, j = 0; i < 8; ++i, j = j + 1 < r.size() ? j + 1 : 0) fetch[i] = ptr.w[row + r.size() + j];
+      tile.at = at;
+      tile.x = base + at;
+      tile.w = ptr.w.data() + row;
+      tile.out = ptr.out.data() + row;
+      tile.res = res ? ptr.res.data() + row : nullptr;
+      tile.sum = pool ? ptr.sum.data() + row : nullptr;
+      tile.scale = ws.scale.data() + row;
+      tile.shift = ws.shift.data() + row;
+      const int mode = c.taps == 1 ? (weights_new ? kFetchBoth : kFetchPixels) : weights_new ? kFetchWeights : kPlain;
+      table_.tile[mode][r.size()][v.size()](tile);
+    };
+    const Steps row_steps(rows.size(), row_parts), px_steps(px.size(), px_parts);
+    if (rows_outside) {
+      for (int i = 0; i < row_parts; ++i)
+        for (int j = 0; j < px_parts; ++j) block(row_steps[i], px_steps[j]);
+    } else {
+      for (int j = 0; j < px_parts; ++j)
+        for (int i = 0; i < row_parts; ++i) block(row_steps[i], px_steps[j]);
+    }
   }
 }
 

@@ -158,6 +158,11 @@ struct Workspace {
   std::vector<Active> active;  // by value
   Floats staging, p, r, h, q, scale, shift, zeros;
   std::vector<int32_t> keys, rows, xoff, woff, group_steps, group_rows, only;
+  struct Pointers {  // of one thread, by row
+    std::vector<const float *> w, res;
+    std::vector<float *> out, sum;
+  };
+  std::vector<Pointers> pointers;
   int n_rows = 0, n_only = 0;
   std::vector<int64_t> macs;                // by op, of the latest image
   std::vector<double> seconds;              // by op and part, summed over images

@@ -12,24 +12,26 @@ constexpr int kMaxRows = 12;  // output channels in a register tile
 constexpr int kMaxVecs = 8;   // vectors of pixels in a register tile
 constexpr int kSumLanes = 16; // pooled sums are kept as this many partial sums, whatever the vector's width
 constexpr int kAhead = 8;     // steps; a pointwise tile asks for its pixels this early, so xoff is longer by it
+enum Mode { kPlain, kFetchWeights, kFetchPixels, kFetchBoth, kModes };
 constexpr int kRound = 16;    // floats; planes are cut to whole 64-byte lines for every instruction set
 
 enum Act : int { kNone = 0, kRelu, kRelu6, kSilu, kHardswish, kSigmoid, kHardsigmoid };
 
 // out[r][i] = act(scale[r] * sum_s w[r][woff[s]] * x[i + xoff[s]] + shift[r] + res[r][i]) & mask[i]
 struct Tile {
-  const float *x;            // the block's first pixel in channel 0, tap (0, 0)
+  const float *x;            // the block's first pixel in channel 0
   const int32_t *xoff;       // [steps] floats from x: channel and tap
   const int32_t *woff;       // [steps] floats from the row's start
   int32_t steps;
   const float *const *w;     // [rows]
   const float *scale;        // [rows]
   const float *shift;        // [rows]
-  float *const *out;         // [rows], the block's first pixel
+  int64_t at;                // the block's first pixel, for out, res and mask
+  float *const *out;         // [rows], pixel 0
   const float *const *res;   // [rows] or null
   const uint32_t *mask;      // all ones where a pixel is, zero on padding
   float *const *sum;         // [rows] of kSumLanes running sums of what is stored, or null
-  const float *const *fetch; // [8] rows of the next tile of weights, asked for ahead of time; may repeat
+  const float *const *fetch; // [8] rows of weights that are read next, asked for ahead of time
   int act;
 };
 
@@ -39,8 +41,8 @@ struct Table {
   const char *name;
   int lanes;
   int accumulators;                                // registers that a tile may fill with sums
-  TileFn tile[kMaxRows + 1][kMaxVecs + 1];         // null where it would not fit the registers
-  TileFn pointwise[kMaxRows + 1][kMaxVecs + 1];    // for one tap: each step reads pixels that no other has read
+  // Null where it would not fit the registers. By mode, which says what is asked for ahead of time.
+  TileFn tile[kModes][kMaxRows + 1][kMaxVecs + 1];
   // h[0..n) += sum_i p[i] * rows[i][0..n)
   void (*axpy)(float *h, int n, const float *const *rows, const float *p, int m);
   // how many of keys[0..n) are >= t

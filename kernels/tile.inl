@@ -94,7 +94,7 @@ __attribute__((noinline)) void eltwise(float *out, const float *a, float scale, 
   }
 }
 
-template <int R, int V, bool POINTWISE>
+template <int R, int V, int MODE>
 void tile(const Tile &a) {
   vf acc[R][V];
 #pragma GCC unroll 16
@@ -107,18 +107,19 @@ void tile(const Tile &a) {
   const float *x = a.x;
   const int32_t *xoff = a.xoff, *woff = a.woff;
   const float *const *fetch = a.fetch;
-  if (POINTWISE) {  // what is read and written at the end, while the sums are made
+  constexpr bool kPixels = MODE == kFetchPixels || MODE == kFetchBoth, kWeights = MODE == kFetchWeights || MODE == kFetchBoth;
+  if (kPixels) {  // what is written at the end, while the sums are made
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-      for (int v = 0; v < V; v += 16 / L) __builtin_prefetch(a.out[r] + v * L, 1);
+      for (int v = 0; v < V; v += 16 / L) __builtin_prefetch(a.out[r] + a.at + v * L, 1);
   }
   for (int32_t s = 0, n = a.steps; s < n; ++s) {
     const float *xs = x + xoff[s];
     const int64_t at = woff[s];
-    __builtin_prefetch(fetch[s & 7] + at, 0, 2);
-    if (POINTWISE) {
-      __builtin_prefetch(fetch[(s + 4) & 7] + at, 0, 2);
+    if (kWeights) __builtin_prefetch(fetch[s & 7] + at, 0, 2);
+    if (MODE == kFetchBoth) __builtin_prefetch(fetch[(s + 4) & 7] + at, 0, 2);
+    if (kPixels) {
       const float *ahead = x + xoff[s + kAhead];
 #pragma GCC unroll 16
       for (int v = 0; v < V; v += 16 / L) __builtin_prefetch(ahead + v * L);
@@ -134,14 +135,15 @@ void tile(const Tile &a) {
     }
   }
   const int act = a.act;
+  const uint32_t *mask = a.mask + a.at;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     const vf scale = set1(a.scale[r]), shift = set1(a.shift[r]);
-    float *out = a.out[r];
+    float *out = a.out[r] + a.at;
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) acc[r][v] = acc[r][v] * scale + shift;
     if (a.res) {
-      const float *res = a.res[r];
+      const float *res = a.res[r] + a.at;
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) acc[r][v] += load(res + v * L);
     }
@@ -152,20 +154,23 @@ void tile(const Tile &a) {
     if (act > kRelu) {  // the longer ones go through memory: here they would cost registers
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) store(out + v * L, acc[r][v]);
-      eltwise(out, out, 1.0f, nullptr, a.mask, V * L, act, a.sum ? a.sum[r] : nullptr);
+      eltwise(out, out, 1.0f, nullptr, mask, V * L, act, a.sum ? a.sum[r] : nullptr);
       continue;
     }
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      acc[r][v] = masked(acc[r][v], a.mask + v * L);
+      acc[r][v] = masked(acc[r][v], mask + v * L);
       store(out + v * L, acc[r][v]);
     }
     if (a.sum) {
       float *sum = a.sum[r];
+      constexpr int P = kSumLanes / L;
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) {
-        float *part = sum + (v * L) % kSumLanes;
-        store(part, load(part) + acc[r][v]);
+      for (int p = 0; p < P && p < V; ++p) {
+        vf part = acc[r][p];
+#pragma GCC unroll 16
+        for (int v = p + P; v < V; v += P) part += acc[r][v];
+        store(sum + p * L, load(sum + p * L) + part);
       }
     }
   }
@@ -173,9 +178,9 @@ void tile(const Tile &a) {
 
 constexpr bool fits(int r, int v) { return r * v <= AFDS_ACCUMULATORS; }
 
-template <int R, int V, bool POINTWISE>
+template <int R, int V, int MODE>
 constexpr TileFn entry() {
-  if constexpr (R > 0 && V > 0 && fits(R, V)) return &tile<R, V, POINTWISE>;
+  if constexpr (R > 0 && V > 0 && fits(R, V)) return &tile<R, V, MODE>;
   else return nullptr;
 }
 
@@ -330,7 +335,7 @@ void activate(float *v, int n, int act) {
         AFDS_ROW(7, P), AFDS_ROW(8, P), AFDS_ROW(9, P), AFDS_ROW(10, P), AFDS_ROW(11, P), AFDS_ROW(12, P)       \
   }
 
-extern const Table AFDS_TABLE = {AFDS_NAME,  L,          AFDS_ACCUMULATORS, AFDS_ROWS(false), AFDS_ROWS(true),
+extern const Table AFDS_TABLE = {AFDS_NAME,  L,          AFDS_ACCUMULATORS, {AFDS_ROWS(0), AFDS_ROWS(1), AFDS_ROWS(2), AFDS_ROWS(3)},
                                  axpy,       count_ge,   score,             stage,            max3,
                                  stride_max, stride_add, eltwise,           activate};
 
