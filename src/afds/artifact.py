@@ -23,8 +23,9 @@ import safetensors.torch as safetensors_torch
 import torch
 from torch import Tensor, nn
 
+from afds import compaction
 from afds.architecture import build_network, check_architecture
-from afds.compaction import narrow, widths
+from afds.compression.widths import narrow, widths
 from afds.config import from_json, to_json
 from afds.data.preprocess import Preprocess
 from afds.errors import AfdsError, RunFolderError
@@ -90,6 +91,7 @@ def save_run(
     except AfdsError as error:
         raise RunFolderError(f"{out}: this network could not be loaded again: {error}") from error
     units = describe_units(model)
+    cut = _widths_if_cut(model, arch, arch_args, num_classes) if not units else None
     if bool(units) != (selection is not None):
         raise RunFolderError(
             f"{out}: a network {'with' if units else 'without'} selection was given "
@@ -97,7 +99,7 @@ def save_run(
         )
     labels = check_labels(list(labels), num_classes, str(out))
     weights = _pack(model, out)
-    compact = describe_compaction(model)
+    compact = describe_compaction(model) if units else {}  # a plain network tells all its widths
     structure = {
         "format": FORMAT_COMPACT if compact else FORMAT,
         "arch": arch,
@@ -105,6 +107,7 @@ def save_run(
         "num_classes": num_classes,
         "memory_format": "channels_last" if is_channels_last(model) else "contiguous",
         "selection": None if selection is None else to_json(selection),
+        "widths": cut,
         "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest(), "bytes": len(weights)},
         "units": units,
         **({"compact": compact} if compact else {}),
@@ -147,6 +150,8 @@ def load_run(path: Path | str) -> Run:
         if structure["selection"] is not None:
             selection = from_json(SelectionConfig, structure["selection"], "selection")
         model = _rebuild(structure, selection, weights)
+        if structure.get("widths") is not None:
+            _try_once(model, preprocess.input_size)
     except AfdsError as error:
         raise RunFolderError(f"{path}: {error}") from error
     config = read_json(path / "config.json") if (path / "config.json").exists() else None
@@ -195,7 +200,7 @@ def describe_units(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def describe_compaction(model: nn.Module) -> dict[str, dict[str, int]]:
     """What was cut: channels left of each convolution, rows left of each predictor; empty where nothing was."""
-    left = {"widths": widths(model), "predictors": {
+    left = {"widths": compaction.widths(model), "predictors": {
         name: gate.predictor.out_channels for name, gate in gates(model).items() if gate.predicted is not None
     }}  # fmt: skip
     return left if any(left.values()) else {}
@@ -268,12 +273,16 @@ def _read_structure(path: Path) -> dict[str, Any]:
 def _rebuild(structure: dict[str, Any], selection: SelectionConfig | None, weights: bytes) -> nn.Module:
     model = build_network(structure["arch"], structure["arch_args"], structure["num_classes"])
     left = structure["compact"] if structure["format"] == FORMAT_COMPACT else {}
-    narrow(model, _numbers(left, "widths"))
+    compaction.narrow(model, _numbers(left, "widths"))
     # Every weight of the plain network is in the file. Checked before select(), which copies: an architecture
     # of absurd widths costs no memory until its weights are touched.
     size = sum(p.numel() * p.element_size() for p in model.parameters() if p.dim() == 4)
-    if size > len(weights):
+    if size > len(weights) and structure.get("widths") is None:
         raise RunFolderError(f"{WEIGHTS}: too small for {structure['arch']} as {STRUCTURE} describes it.")
+    if structure.get("widths") is not None:
+        if selection is not None:
+            raise RunFolderError(f"{STRUCTURE}: widths of a network with selection; it has one or the other.")
+        narrow(model, structure["widths"])
     if selection is not None:
         model = select(model, selection).eval()
         _resize_predictors(model, _numbers(left, "predictors"))
@@ -310,6 +319,23 @@ def _resize_predictors(model: nn.Module, rows: dict[str, Any]) -> None:
                 f"number up to {most}."
             )
         chosen[name].resize_rows(count)
+
+
+def _widths_if_cut(model: nn.Module, arch: str, arch_args: dict[str, Any], num_classes: int) -> dict[str, Any] | None:
+    """Channels of every layer of a network that has lost some; None for a whole one."""
+    found = widths(model)
+    return found if found != widths(build_network(arch, arch_args, num_classes)) else None
+
+
+def _try_once(model: nn.Module, side: int) -> None:
+    """Widths from a file may not fit each other: better an error now than at the first photo."""
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, 3, side, side))
+    except RuntimeError as error:
+        raise RunFolderError(
+            f"{STRUCTURE}: its widths do not fit together ({str(error).splitlines()[0][:120]})."
+        ) from error
 
 
 def _densities(units: dict[str, Any]) -> dict[str, float]:
