@@ -270,9 +270,10 @@ def _measure(arguments: list[str]) -> int:
             table.add_column(name, justify="left" if name in ("network", "runtime") else "right", no_wrap=True)
         for row in (r for r in result.rows if (r.threads, r.batch) == (threads, batch)):
             share = "" if row.share is None else f"{row.share:.2f}"
-            median = f"{row.median_ms:.1f} ({row.low_ms:.1f}-{row.high_ms:.1f})"
+            digits = 1 if row.median_ms >= 10 else 3 if row.median_ms < 1 else 2
+            median = f"{row.median_ms:.{digits}f} ({row.low_ms:.{digits}f}-{row.high_ms:.{digits}f})"
             ratios = (f"{row.speedup:.2f}x", f"{row.macs_ratio:.2f}x", share)
-            table.add_row(row.form, row.runtime, median, f"{row.p90_ms:.1f}", *ratios)
+            table.add_row(row.form, row.runtime, median, f"{row.p90_ms:.{digits}f}", *ratios)
         console.print(table)
     if result.profile:
         layers = Table(title="native runtime, one thread, by layer")
