@@ -24,11 +24,12 @@ from torch import nn
 
 from afds.config import FitConfig
 from afds.distillation import AttentiveDistillation, FrozenNetwork, feature_sizes
-from afds.graph import residual_blocks, stage_ends
+from afds.graph import residual_blocks, stage_ends, unit_roles
 from afds.hardware import stamp
 from afds.selection import select, selective_units
 from afds.sources import load_source
 from afds.training import Task
+from afds.transfer import AttentiveTransfer, BlockHints, LogitDistillation, Regulariser
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,16 @@ def main(options: Options) -> None:
     y_B = torch.randint(0, options.classes, (options.batch_size,))
     teacher = FrozenNetwork(plain, ends, blocks)
     sizes = feature_sizes(teacher, x_BCHW[:1])
-    task = Task(select(plain), AttentiveDistillation(sizes), FitConfig()).to(memory_format=torch.channels_last).train()
+    config = FitConfig()
+    afd = AttentiveTransfer(config.distillation.afd, AttentiveDistillation(sizes))
+    roles = unit_roles(plain)
+    writers = {b: next(n for n in names if n.startswith(f"{b}.") and roles[n] == "stream") for b in blocks}
+    of_base = (LogitDistillation(config.distillation.logits, config.distillation.temperature), BlockHints(1.0, writers))
+
+    def task_with(*terms: Regulariser) -> Task:
+        return Task(select(plain), terms, config).to(memory_format=torch.channels_last).train()
+
+    gates, near_source, near_base = task_with(), task_with(afd), task_with(afd, *of_base)
 
     def learn(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
         optimizer = torch.optim.SGD(module.parameters(), lr=1e-6, momentum=0.9)
@@ -68,16 +78,14 @@ def main(options: Options) -> None:
 
         return step
 
-    def taught(with_logits: bool) -> torch.Tensor:
-        task.match_blocks(blocks if with_logits else [])
-        logits_BK, features = teacher(x_BCHW)
-        return task(x_BCHW, y_B, (logits_BK if with_logits else None, features))["loss"]
+    def taught(task: Task) -> torch.Tensor:
+        return task(x_BCHW, y_B, teacher(x_BCHW))["loss"]
 
     rows: dict[str, Callable[[], None]] = {
         "plain": learn(plain, lambda: F.cross_entropy(plain(x_BCHW), y_B)),
-        "gates": learn(task, lambda: task(x_BCHW, y_B, None)["loss"]),
-        "afd": learn(task, lambda: taught(False)),
-        "afds": learn(task, lambda: taught(True)),
+        "gates": learn(gates, lambda: gates(x_BCHW, y_B, None)["loss"]),
+        "afd": learn(near_source, lambda: taught(near_source)),
+        "afds": learn(near_base, lambda: taught(near_base)),
     }
     rows = {name: step for name, step in rows.items() if options.only in ("", name)}
     seconds: dict[str, list[float]] = {name: [] for name in rows}

@@ -12,15 +12,13 @@ from torch import nn
 from afds.distillation import (
     AttentiveDistillation,
     FrozenNetwork,
-    block_hints,
     feature_sizes,
-    l2_sp,
-    logit_distillation,
     tap,
     tap_points,
 )
 from afds.graph import convbn_units, residual_blocks, stage_ends
 from afds.selection import select, selective_units
+from afds.transfer import block_hints, l2_sp, logit_distillation
 
 
 def ends_of(model: nn.Module) -> list[str]:

@@ -71,6 +71,7 @@ def test_record_says_what_is_needed_to_repeat(finished: Path) -> None:
     config = json.loads((finished / "config.json").read_text())
     assert config["config"]["seed"] == 0
     assert config["hardware"]["versions"]["torch"] == torch.__version__
+    assert config["config"]["hardware"]["precision"] == config["hardware"]["precision"]  # what auto came to
     assert config["data"]["train"] == 48
     assert {"loss", "lr", "wait_share", "images_per_s"} <= set(lines(finished, "step")[0])
     assert len(lines(finished, "epoch")) == 4
@@ -185,8 +186,8 @@ def test_changed_photos_are_not_resumed(digits: Path, tmp_path: Path, monkeypatc
 def test_predictors_have_a_rate_of_their_own(tiny_resnet: torch.nn.Module) -> None:
     from afds.selection import gates, select
 
-    task = Task(select(tiny_resnet), None, FitConfig())
-    groups = parameter_groups(task, OptimConfig(predictor_lr=3.0))
+    task = Task(select(tiny_resnet), (), FitConfig())
+    groups = parameter_groups(task, FitConfig(optim=OptimConfig(predictor_lr=3.0)))
     predicting = {id(g.predictor.weight) for g in gates(task.network).values()}
     assert {id(p) for p in groups[1]["params"]} == predicting
     assert groups[1]["multiple"] == 3.0

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from afds.architecture import build_network, check_architecture
+from afds.compression.widths import narrow, widths
 from afds.config import from_json, to_json
 from afds.data.preprocess import Preprocess
 from afds.errors import AfdsError, RunFolderError
@@ -86,6 +87,7 @@ def save_run(
     except AfdsError as error:
         raise RunFolderError(f"{out}: this network could not be loaded again: {error}") from error
     units = describe_units(model)
+    cut = _widths_if_cut(model, arch, arch_args, num_classes) if not units else None
     if bool(units) != (selection is not None):
         raise RunFolderError(
             f"{out}: a network {'with' if units else 'without'} selection was given "
@@ -100,6 +102,7 @@ def save_run(
         "num_classes": num_classes,
         "memory_format": "channels_last" if _is_channels_last(model) else "contiguous",
         "selection": None if selection is None else to_json(selection),
+        "widths": cut,
         "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest(), "bytes": len(weights)},
         "units": units,
         "cost": summary,
@@ -141,6 +144,8 @@ def load_run(path: Path | str) -> Run:
         if structure["selection"] is not None:
             selection = from_json(SelectionConfig, structure["selection"], "selection")
         model = _rebuild(structure, selection, weights)
+        if structure.get("widths") is not None:
+            _try_once(model, preprocess.input_size)
     except AfdsError as error:
         raise RunFolderError(f"{path}: {error}") from error
     config = read_json(path / "config.json") if (path / "config.json").exists() else None
@@ -262,8 +267,12 @@ def _rebuild(structure: dict[str, Any], selection: SelectionConfig | None, weigh
     # Every weight of the plain network is in the file. Checked before select(), which copies: an architecture
     # of absurd widths costs no memory until its weights are touched.
     size = sum(p.numel() * p.element_size() for p in model.parameters() if p.dim() == 4)
-    if size > len(weights):
+    if size > len(weights) and structure.get("widths") is None:
         raise RunFolderError(f"{WEIGHTS}: too small for {structure['arch']} as {STRUCTURE} describes it.")
+    if structure.get("widths") is not None:
+        if selection is not None:
+            raise RunFolderError(f"{STRUCTURE}: widths of a network with selection; it has one or the other.")
+        narrow(model, structure["widths"])
     if selection is not None:
         model = select(model, selection).eval()
         set_density(model, _densities(structure["units"]))
@@ -273,6 +282,23 @@ def _rebuild(structure: dict[str, Any], selection: SelectionConfig | None, weigh
     if describe_units(model) != structure["units"]:
         raise RunFolderError(f"{STRUCTURE}: its units do not describe the network in {WEIGHTS}.")
     return model
+
+
+def _widths_if_cut(model: nn.Module, arch: str, arch_args: dict[str, Any], num_classes: int) -> dict[str, Any] | None:
+    """Channels of every layer of a network that has lost some; None for a whole one."""
+    found = widths(model)
+    return found if found != widths(build_network(arch, arch_args, num_classes)) else None
+
+
+def _try_once(model: nn.Module, side: int) -> None:
+    """Widths from a file may not fit each other: better an error now than at the first photo."""
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, 3, side, side))
+    except RuntimeError as error:
+        raise RunFolderError(
+            f"{STRUCTURE}: its widths do not fit together ({str(error).splitlines()[0][:120]})."
+        ) from error
 
 
 def _densities(units: dict[str, Any]) -> dict[str, float]:

@@ -17,8 +17,9 @@ import tyro
 from afds.errors import ConfigError
 from afds.selection import SelectionConfig
 
-TRANSFERS = ("scratch", "l2", "l2-sp", "afd")
-COMPRESSIONS = ("dense", "afs")
+TRANSFERS = ("scratch", "l2", "l2-sp", "delta", "afd", "kd")
+COMPRESSIONS = ("dense", "slimming", "l1", "afs", "small", "lowres", "small+lowres")
+PRUNED = ("slimming", "l1")  # these cut a fine-tuned dense network
 ALIASES = {"afds": "afd+afs", "afds-paper": "afd+afs", "fbs": "l2+afs"}
 # afds-paper: what is ours, and not the paper's, is off.
 PAPER: dict[str, dict[str, Any]] = {
@@ -44,8 +45,10 @@ class DataConfig:
     """Share of the training images set aside for choices, where there is no val/ folder."""
     test_fraction: float = 0.15
     """Share set aside for the final figure, where DATA has no train/ and test/ folders."""
+    crop: Literal["resized", "random"] = "resized"
+    """Training crops. resized: a random part at a random scale; random: resize, then a random square (DELTA)."""
     scale: float = 0.35
-    """Smallest area of a random training crop, as a share of the image."""
+    """Smallest area of a `resized` training crop, as a share of the image."""
     flip: bool = True
     """Mirror training images at random."""
     workers: int = 2
@@ -86,6 +89,45 @@ class DistillationConfig:
             _require(getattr(self, name) >= 0, f"distillation.{name}", getattr(self, name), "0 or more")
         _require(self.hidden >= 1, "distillation.hidden", self.hidden, "1 or more")
         _require(self.temperature > 0, "distillation.temperature", self.temperature, "above 0")
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """Weights of l2-sp and DELTA (both at the published 0.01)."""
+
+    l2_sp: float = 0.01
+    """Weight alpha of L2-SP."""
+    delta: float = 0.01
+    """Weight alpha of DELTA."""
+    delta_images: int = 64
+    """Training images on which DELTA measures what a channel is worth; the published code takes 256."""
+    head_decay: float = 0.01
+    """Weight decay of the classifier with L2-SP and DELTA."""
+
+    def __post_init__(self) -> None:
+        for name in ("l2_sp", "delta", "head_decay"):
+            shown = f"transfer.{name.replace('_', '-')}"
+            _require(getattr(self, name) >= 0, shown, getattr(self, name), "0 or more")
+        _require(self.delta_images >= 8, "transfer.delta-images", self.delta_images, "8 or more")
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """How `l1` and `slimming` cut a fine-tuned network."""
+
+    stages: int = 1
+    """1: fine-tune, prune, fine-tune. More: gradually, while it is fine-tuned again."""
+    end: float = 0.5
+    """With several stages: share of the epochs after which nothing more is cut."""
+    scope: Literal["auto", "layer", "network"] = "auto"
+    """Where channels compete: within their `layer` (auto for l1) or in the whole `network` (auto for slimming)."""
+    sparsity: float = 1e-4
+    """Slimming: weight of the L1 penalty on the batch norms' scales."""
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.stages <= 100, "pruning.stages", self.stages, "from 1 to 100")
+        _require(0 < self.end <= 1, "pruning.end", self.end, "above 0 and at most 1")
+        _require(self.sparsity >= 0, "pruning.sparsity", self.sparsity, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -178,7 +220,7 @@ class HardwareConfig:
     devices: int = 1
     """How many devices (processes, on a CPU) train together."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
-    """`auto`: bf16-mixed where the device computes in bf16, else 32-true."""
+    """`auto`: bf16-mixed where the device is measured to train faster in it, else 32-true."""
 
     def __post_init__(self) -> None:
         _require(self.devices >= 1, "hardware.devices", self.devices, "1 or more")
@@ -198,7 +240,14 @@ class FitConfig:
     out: Path | None = None
     """Run folder to write."""
     method: str = "afds"
-    """TRANSFER+COMPRESSION, such as `l2+dense`, or afds, afds-paper, fbs."""
+    """TRANSFER+COMPRESSION, or afds, afds-paper, fbs. TRANSFER: scratch, l2, l2-sp, delta, afd, kd. COMPRESSION:
+    dense, slimming, l1, afs, small, lowres, small+lowres; none means dense."""
+    small_source: str = ""
+    """Method +small: the smaller pretrained network, as --source."""
+    teacher: Path | None = None
+    """Method kd: a finished dense run on the same classes. By default one is trained first."""
+    anchor: str = ""
+    """Where the weights come from that l2-sp and delta stay near. By default --source."""
     resume: Path | None = None
     """Go on with an interrupted run (its folder); no other option is needed."""
     seed: int = 0
@@ -211,12 +260,16 @@ class FitConfig:
     """Epochs of that source step."""
     arch_args: str = "{}"
     """JSON with arguments of the architecture, e.g. '{"layers": [1, 1, 1, 1]}'."""
+    read_test: bool = True
+    """Read the test split at the end, once. Off where choices are still to be made."""
     tensorboard: bool = False
     """Also write TensorBoard event files into the run folder."""
     data_options: Annotated[DataConfig, tyro.conf.arg(name="data-options")] = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
     descent: DescentConfig = field(default_factory=DescentConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
@@ -241,6 +294,9 @@ def parse_method(method: str) -> tuple[str, str]:
             f"Unknown method {method!r}. A method is TRANSFER+COMPRESSION with transfer one of {', '.join(TRANSFERS)} "
             f"and compression one of {', '.join(COMPRESSIONS)}, or one of {', '.join(ALIASES)}."
         )
+    if transfer == "kd" and "lowres" in compression:
+        raise ConfigError(f"{method}: a teacher would look at the same small images as its student. Use another "
+                          "transfer with lowres, or kd with another compression.")  # fmt: skip
     return transfer, compression
 
 
@@ -254,7 +310,9 @@ def resolve_method(config: FitConfig) -> FitConfig:
     budget = config.budget or ("1x" if compression == "dense" else "5x")
     if compression == "dense" and budget != "1x":
         raise ConfigError(f"--method {config.method} computes everything and cannot meet a budget of {budget}: "
-                          "leave --budget out, or choose a method with +afs.")  # fmt: skip
+                          "leave --budget out, or choose a method such as +afs or +l1.")  # fmt: skip
+    if "small" in compression and not config.small_source and budget == "1x":
+        raise ConfigError(f"--method {config.method} needs --small-source NAME: the smaller pretrained network.")
     config = dataclasses.replace(config, budget=budget)
     if config.method == "afds-paper":
         parts = {part: dataclasses.replace(getattr(config, part), **values) for part, values in PAPER.items()}

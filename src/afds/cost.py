@@ -56,11 +56,13 @@ class Cost:
 
     layers: dict[str, LayerCost] = field(default_factory=dict)
     images: int = 0
+    reference: float = 0.0
+    """MACs of the whole network, where what is counted is another one: cut, smaller, or on smaller images."""
 
     @property
     def dense(self) -> float:
-        """MACs of the network without selection, on the same input size."""
-        return sum(layer.dense for layer in self.layers.values())
+        """MACs of the network before anything was saved."""
+        return self.reference or sum(layer.dense for layer in self.layers.values())
 
     @property
     def counted(self) -> float:
@@ -74,6 +76,7 @@ class Cost:
     def add(self, other: Cost) -> None:
         """Average another count of the same network in, weighted by its images."""
         total = self.images + other.images
+        self.reference = self.reference or other.reference
         for name, theirs in other.layers.items():
             ours = self.layers.setdefault(name, LayerCost(channels_in=theirs.channels_in,
                                                           channels_out=theirs.channels_out))  # fmt: skip
@@ -88,12 +91,14 @@ class CostMeter:
 
     Args:
         model: a plain or a selective network, in eval mode.
+        reference: MACs of the network that it is compared with; 0: itself, dense.
     Raises:
         SourceError: the network holds an operation whose active channels are not known.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, reference: float = 0.0) -> None:
         self.model = model
+        self.reference = reference
         with _eval(model):
             self._gm = trace(model)
 
@@ -104,7 +109,7 @@ class CostMeter:
             interpreter = _Counter(self._gm)
             logits = interpreter.run(x_BCHW)
         cost = interpreter.cost
-        cost.images = x_BCHW.shape[0]
+        cost.images, cost.reference = x_BCHW.shape[0], self.reference
         return logits, cost
 
     def mean(self, batches: Iterable[Tensor]) -> Cost:

@@ -11,8 +11,8 @@
 F_l is the ConvBN output, after the selection gate and before the residual sum and the ReLU, of the last block of
 each stage; phi_l is (H W) x hidden, phi'_l is hidden, both trained jointly with theta. Wang et al., ICLR 2020.
 Ours: phi is built for the map sizes that a dry run of the real input size shows; the norm can be squared; and the
-frozen network may be the target itself at the end of its d = 1 phase, whose logits are then distilled too
-(Hinton et al., 2015).
+frozen network may be the fine-tuned dense network, whose logits and block outputs are then distilled too
+(`transfer/kd.py`, `transfer/hints.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -39,9 +38,11 @@ class TapPoint:
     reads_input: bool = False
 
 
-def tap_points(model: nn.Module, names: Sequence[str]) -> dict[str, TapPoint]:
-    """Tap points of ConvBN outputs by unit, in a network with or without selection."""
+def tap_points(model: nn.Module, names: Sequence[str], *, before_norm: bool = False) -> dict[str, TapPoint]:
+    """Tap points of ConvBN outputs by unit, or of their convolutions', in a network with or without selection."""
     if any(True for _ in selective_units(model)):
+        return {name: TapPoint(name + ".conv" * before_norm) for name in names}
+    if before_norm:
         return {name: TapPoint(name) for name in names}
     norms = {unit.name: unit.norm for unit in convbn_units(model)}
     points = {}
@@ -87,13 +88,18 @@ class FrozenNetwork:
     Args:
         features: paths of the ConvBN units whose outputs are compared.
         blocks: paths of residual blocks whose outputs are compared.
+        before_norm: compare the convolutions' outputs; nothing is folded then.
     """
 
-    def __init__(self, model: nn.Module, features: Sequence[str], blocks: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, features: Sequence[str], blocks: Sequence[str] = (), *, before_norm: bool = False
+    ) -> None:
         self.features = tuple(features)
         self.network = copy.deepcopy(model).eval().requires_grad_(False)
         self.points = {name: TapPoint(name) for name in (*self.features, *blocks)}
-        if not any(True for _ in selective_units(self.network)):
+        if before_norm:
+            self.points |= tap_points(self.network, self.features, before_norm=True)
+        elif not any(True for _ in selective_units(self.network)):
             _fold(self.network)
 
     @torch.no_grad()
@@ -179,34 +185,3 @@ def feature_sizes(frozen: FrozenNetwork, x_BCHW: Tensor) -> dict[str, int]:
     """Positions H W of each compared feature map, from a dry run of the real input size."""
     _, features = frozen(x_BCHW)
     return {name: features[name].shape[2] * features[name].shape[3] for name in frozen.features}
-
-
-def block_hints(target: dict[str, Tensor], teacher: dict[str, Tensor], blocks: Sequence[str]) -> Tensor:
-    """Mean over blocks of ||F - F*||^2 / ||F*||^2, the residual stream after each block (ours).
-
-    Hints as in FitNets (Romero et al., ICLR 2015), without a regressor, as both networks are one architecture: the
-    logits alone say too little to each of many layers that have just lost most of their channels.
-    """
-    total = torch.zeros(())
-    for name in blocks:
-        wanted = teacher[name].float()
-        total = total.to(wanted.device) + (
-            target[name].float() - wanted
-        ).square().sum() / wanted.square().sum().clamp_min(1e-6)
-    return total / max(1, len(blocks))
-
-
-def logit_distillation(logits_BK: Tensor, teacher_BK: Tensor, temperature: float) -> Tensor:
-    """KL(teacher || student) at a temperature, times its square so that gradients keep their size (Hinton 2015)."""
-    student = F.log_softmax(logits_BK.float() / temperature, 1)
-    teacher = F.log_softmax(teacher_BK.float() / temperature, 1)
-    return F.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
-
-
-def l2_sp(model: nn.Module, start: dict[str, Tensor]) -> Tensor:
-    """Half the squared distance of the weights from where they started, by name (Li et al., ICML 2018)."""
-    total = torch.zeros(())
-    for name, parameter in model.named_parameters():
-        if name in start:
-            total = total.to(parameter.device) + (parameter - start[name].to(parameter.device)).square().sum()
-    return total / 2

@@ -49,9 +49,11 @@ class Metrics:
     """Accuracy of each class, None where no image of it was there."""
     cost: Cost | None = None
     """MACs on these images, where they were counted."""
+    hits: str = ""
+    """`1` for each image that was right, `0` for each that was not, in order: for paired comparisons."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data without the cost; numbers that are not finite become None."""
+        """Plain data without the cost and the hits; numbers that are not finite become None."""
         names = ("images", "top1", "top5", "balanced_accuracy", "cross_entropy")
         values = {name: getattr(self, name) for name in names}
         if self.cross_entropy != self.cross_entropy or abs(self.cross_entropy) == float("inf"):
@@ -89,7 +91,7 @@ def evaluate(
     entropy = SumMetric(nan_strategy="disable", sync_on_compute=False).to(device)
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
-    cost, seen = Cost(), 0
+    cost, seen, hits = Cost(), 0, []
     try:
         meter = count_macs if isinstance(count_macs, CostMeter) else CostMeter(network) if count_macs else None
         for x_BCHW, y_B in batches:
@@ -101,6 +103,7 @@ def evaluate(
                 logits_BK = network(x_BCHW)
             logits_BK = logits_BK.float()
             scores.update(logits_BK.argmax(1), y_B)
+            hits.append(logits_BK.argmax(1) == y_B)
             if top5 is not None:
                 top5.update(logits_BK, y_B)
             entropy.update(F.cross_entropy(logits_BK, y_B, reduction="sum"))
@@ -124,6 +127,7 @@ def evaluate(
         cross_entropy=float(entropy.compute()) / images,
         per_class=tuple(recalls),
         cost=cost if meter is not None else None,
+        hits="".join("1" if hit else "0" for hit in torch.cat(hits).tolist()),
     )
 
 
@@ -185,7 +189,9 @@ def evaluate_folder(
     dataset = ImageDataset(items, eval_transform(run.preprocess))
     loader = make_loader(dataset, batch_size=batch_size, shuffle=False, seed=0, workers=workers)
     model = run.model.to(device)
-    metrics = evaluate(model, loader, len(run.labels), device, count_macs=True, progress=progress)
+    reference = run.structure["cost"].get("reference_macs", 0.0)
+    meter = CostMeter(model, float(reference) if type(reference) in (int, float) and reference > 0 else 0.0)
+    metrics = evaluate(model, loader, len(run.labels), device, count_macs=meter, progress=progress)
     return FolderResult(chosen, metrics, run.labels, (*folder.warnings, *notes))
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from afds.artifact import is_run, load_run, save_run
-from afds.config import FitConfig, from_json, resolve_method
-from afds.cost import Cost, LayerCost, has_selection
+from afds.config import PRUNED, FitConfig, from_json, parse_method, resolve_method
+from afds.cost import Cost, CostMeter, LayerCost, has_selection
 from afds.data import Splits, check_images, describe, make_splits, scan, without
 from afds.errors import ConfigError, DataError, RunFolderError
 from afds.evaluation import Metrics, evaluate
@@ -67,11 +67,15 @@ def fit(config: FitConfig, *, quiet: bool = False) -> FitResult:
         parse_source(config.source)
     fabric = make_fabric(config.hardware)
     fabric.launch()
+    # What `auto` came to goes into the record: steps before this run, and a resumed one, compute in the same.
+    precision: Any = fabric._precision.precision
+    config = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, precision=precision))
     progress = Progress(quiet=quiet or not fabric.is_global_zero)
     splits, facts = read_photos(config, progress)
     fabric.barrier()  # all have looked at --out before one writes there
     setup = Setup(config, splits, fabric)  # also where steps come first: what is wrong is wrong now
     out = config.out
+    assert out is not None
     if fabric.is_global_zero and config.resume is None:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "config.json", setup.record(facts))
@@ -98,15 +102,16 @@ def read_result(out: Path) -> FitResult:
     if not finals:
         raise RunFolderError(f"{out / 'metrics.jsonl'} has no final line: the run did not finish.")
     final = finals[-1]
-    layers = {name: LayerCost(**layer) for name, layer in read_json(out / "structure.json")["cost"]["layers"].items()}
-    cost = Cost(layers, final["val"]["images"])
-    test = _metrics(final["test"]) if final["test"] else None
+    saved = read_json(out / "structure.json")["cost"]
+    layers = {name: LayerCost(**layer) for name, layer in saved["layers"].items()}
+    cost = Cost(layers, final["val"]["images"], saved.get("reference_macs", 0.0))
+    test = _metrics(final["test"], final.get("test_hits") or "") if final["test"] else None
     return FitResult(out, _metrics(final["val"]), test, cost, final["seconds"])
 
 
-def _metrics(saved: dict[str, Any]) -> Metrics:
+def _metrics(saved: dict[str, Any], hits: str = "") -> Metrics:
     entropy = float("nan") if saved["cross_entropy"] is None else saved["cross_entropy"]
-    return Metrics(**{**saved, "cross_entropy": entropy, "per_class": tuple(saved["per_class"])})
+    return Metrics(**{**saved, "cross_entropy": entropy, "per_class": tuple(saved["per_class"]), "hits": hits})
 
 
 def _resumed(run: Path) -> FitConfig:
@@ -135,15 +140,42 @@ def _steps_before(config: FitConfig, setup: Setup, quiet: bool) -> FitConfig:
             optim=dataclasses.replace(config.optim, epochs=config.source_epochs),
         )  # fmt: skip
         config = dataclasses.replace(config, source=_step(source, config.out / "source", quiet), source_data=None)
-    # One rule for when a base is made: the method wants one, something is to be cut, and the source is not one.
-    if config.method == "afds" and parse_budget(config.budget).ratio != 1 and not setup.is_base:
+    assert config.out is not None
+    base_method = base_of(config)
+    if base_method is not None and not setup.is_base and config.teacher is None:
+        if config.method == "afds" and _carries_selection(config.source):
+            base_method = "afd+afs"
         base = dataclasses.replace(
-            config, method="afd+afs" if _carries_selection(config.source) else "afd+dense", budget="1x",
+            config, method=base_method, budget="1x", small_source="",
             optim=dataclasses.replace(config.optim, epochs=config.base_epochs),
         )  # fmt: skip
-        assert config.out is not None
-        config = dataclasses.replace(config, source=_step(base, config.out / "base", quiet))
+        config = after_base(config, _step(base, config.out / "base", quiet))
     return config
+
+
+def base_of(config: FitConfig) -> str | None:
+    """The method of the dense fine-tuning that comes before this run; None where none does.
+
+    Pruning cuts a fine-tuned network, logit distillation learns from one, and afds does both.
+    """
+    transfer, compression = parse_method(config.method)
+    cuts = parse_budget(config.budget).ratio != 1
+    if config.method == "afds" and cuts:
+        return "afd+dense"
+    if compression == "slimming":  # the sparse training, which at 1x is the run itself
+        return f"{'l2' if transfer == 'kd' else transfer}+slimming" if cuts else None
+    if compression in PRUNED and cuts:
+        return f"{'l2' if transfer == 'kd' else transfer}+dense"
+    return "l2+dense" if transfer == "kd" else None
+
+
+def after_base(config: FitConfig, base: str) -> FitConfig:
+    """The options of a run once its base is there, in the run folder ``base``."""
+    transfer, compression = parse_method(config.method)
+    teacher = Path(base) if transfer == "kd" else config.teacher
+    if transfer == "kd" and compression in ("dense", "small"):
+        return dataclasses.replace(config, teacher=teacher)  # the student starts from pretrained weights
+    return dataclasses.replace(config, source=base, teacher=teacher, anchor=config.anchor or config.source)
 
 
 def _carries_selection(source: str) -> bool:
@@ -214,15 +246,16 @@ def _finish(setup: Setup, record: Record, progress: Progress) -> FitResult:
     with progress.waiting("Final validation"):
         val = _meet_budget(setup)
     test = None
-    if splits.test:
+    if splits.test and c.read_test:
         with progress.waiting(f"The test split, once: {len(splits.test)} photos"):
-            test = evaluate(network, setup.eval_loader(splits.test), len(splits.classes), count_macs=True)
+            meter = CostMeter(network, setup.plan.reference_macs)
+            test = evaluate(network, setup.eval_loader(splits.test), len(splits.classes), count_macs=meter)
     assert val.cost is not None
     seconds = sum(line["seconds"] for line in record.lines("epoch"))
     seconds += sum(read_result(c.out / step).seconds for step in STEPS if is_run(c.out / step))
     record.write("final", val=val.to_dict(), test=test.to_dict() if test else None, budget=c.budget,
                  dense_macs=val.cost.dense, counted_macs=val.cost.counted, ratio=val.cost.ratio,
-                 seconds=seconds)  # fmt: skip
+                 test_hits=test.hits if test else None, seconds=seconds)  # fmt: skip
     if fabric.is_global_zero:
         save_run(
             c.out, model=network, arch=setup.arch, arch_args=setup.arch_args, num_classes=len(splits.classes),
@@ -245,7 +278,8 @@ def _finish(setup: Setup, record: Record, progress: Progress) -> FitResult:
 def _meet_budget(setup: Setup) -> Metrics:
     """Validation metrics; where all validation images cost more than the probe did, densities go down a little."""
     classes = len(setup.splits.classes)
-    metrics = evaluate(setup.network, setup.plan.val_loader, classes, count_macs=True)
+    meter = CostMeter(setup.network, setup.plan.reference_macs)
+    metrics = evaluate(setup.network, setup.plan.val_loader, classes, count_macs=meter)
     assert metrics.cost is not None
     if setup.plan.descent is None or metrics.cost.ratio >= setup.ratio:
         return metrics
@@ -259,6 +293,7 @@ def cost_summary(cost: Cost) -> dict[str, Any]:
     """Plain data of a cost, per layer and in sum."""
     return {
         "dense_macs": cost.dense, "counted_macs": cost.counted, "ratio": cost.ratio, "images": cost.images,
+        "reference_macs": cost.reference,
         "layers": {name: dataclasses.asdict(layer) for name, layer in cost.layers.items()},
     }  # fmt: skip
 

@@ -15,7 +15,11 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from afds.artifact import is_run, load_run
-from afds.config import FitConfig, parse_method, to_json
+from afds.compression.lowres import input_size_for, macs_at
+from afds.compression.pruning import Pruning, check_reachable, plan_pruning
+from afds.compression.slimming import Sparsity
+from afds.compression.small import require_small, too_dear
+from afds.config import PRUNED, FitConfig, parse_method, to_json
 from afds.cost import has_selection, measure_cost
 from afds.data import (
     Augment,
@@ -28,13 +32,22 @@ from afds.data import (
     train_transform,
 )  # fmt: skip
 from afds.distillation import AttentiveDistillation, FrozenNetwork, feature_sizes
-from afds.errors import ConfigError
-from afds.graph import convbn_units, residual_blocks, stage_ends
+from afds.errors import BudgetError, ConfigError
+from afds.graph import convbn_units, residual_blocks, stage_ends, unit_roles
 from afds.hardware import stamp
 from afds.schedule import parse_budget, plan_descent, solve, uniform
 from afds.selection import SelectionConfig, gates, select, selective_units, set_density
 from afds.sources import check_supported, load_source
 from afds.training import Plan, Task
+from afds.transfer import (
+    AttentiveTransfer,
+    BlockHints,
+    Delta,
+    LogitDistillation,
+    NearStart,
+    Regulariser,
+    channel_weights,
+)  # fmt: skip
 
 IMAGES_SEEN = 60_000  # by default a training shows about so many images ...
 FEWEST_EPOCHS, MOST_EPOCHS = 12, 60  # ... within these bounds
@@ -60,63 +73,157 @@ class Setup:
         transfer, compression = parse_method(config.method)
         budget = parse_budget(config.budget)
         torch.manual_seed(config.seed)  # the fresh classifier, phi and low-rank predictors
-        network = self._source(transfer)
+        network = self._source(config.source, transfer)
         self.preprocess = self._preprocess()
         size = self.preprocess.input_size
         network.to(fabric.device)
         if not has_selection(network):
             check_supported(network, size)
+        self.dense_macs = measure_cost(network, self._images(splits.val, 1)).dense
+        self.ratio = budget.wanted_ratio(self.dense_macs)
+        self.reference_macs = 0.0
+        if compression in ("small", "lowres", "small+lowres"):
+            network = self._cheaper(network, compression, transfer)
+            size = self.preprocess.input_size
         dense_network = network
         if compression == "afs" and not has_selection(network):
             network, self.selection = select(network, config.selection), config.selection
-        elif compression == "dense" and has_selection(network):
+        elif compression != "afs" and has_selection(network):
             raise ConfigError(f"--source {config.source} carries selection: {config.method} would train it as a dense "
                               "network. Use a method with +afs, or another source.")  # fmt: skip
         self.network = network.requires_grad_(True)
         probe = self._images(splits.val, config.descent.images)
-        self.dense_macs = measure_cost(network, probe[:1]).dense
-        self.ratio = budget.wanted_ratio(self.dense_macs)
         selects = has_selection(network) and self.ratio > 1
         if selects:  # a hopeless budget: now, not after hours
             solve(network, uniform(network), self.ratio, probe[:1], steps=0)
             set_density(network, 1.0)
-
-        units = [name for name, _ in selective_units(network)] or [u.name for u in convbn_units(network)]
-        features = stage_ends(network, units)
-        teacher, afd, blocks = None, None, []
-        if transfer == "afd":
-            if self.is_base and config.distillation.hints > 0:
-                blocks = residual_blocks(network)
-            teacher = FrozenNetwork(dense_network, features, blocks).to(fabric.device)
-            sizes = feature_sizes(teacher, torch.zeros(1, 3, size, size, device=fabric.device))
-            afd = AttentiveDistillation(sizes, hidden=config.distillation.hidden, squared=config.distillation.squared)
-        task = Task(network, afd, config)
-        task.match_blocks(blocks)
+        terms, teacher = self._transfer(transfer, dense_network, size)
+        if compression == "slimming" and self.ratio == 1 and config.pruning.sparsity > 0:
+            terms.append(Sparsity(config.pruning.sparsity))
+        task = Task(network, terms, config, self._heads(network))
         task.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if transfer == "l2-sp":
-            heads = self._heads()
-            task.start = {n: p.detach().clone() for n, p in network.named_parameters() if not n.startswith(heads)}
 
         o, d = config.optim, config.data_options
-        augment = Augment(scale=(d.scale, 1.0), flip=d.flip)
+        augment = Augment(crop=d.crop, scale=(d.scale, 1.0), flip=d.flip)
         train_set = ImageDataset(splits.train, train_transform(self.preprocess, augment), cache=d.cache)
         loader = make_loader(train_set, batch_size=o.batch_size, shuffle=True, seed=config.seed, workers=d.workers,
                              drop_last=True)  # fmt: skip
         epochs = o.epochs or default_epochs(len(splits.train))
+        total_steps = epochs * (len(loader) // fabric.world_size)
         self.plan = Plan(
             config=config, task=task, train_loader=fabric.setup_dataloaders(loader),
             val_loader=self.eval_loader(splits.val), probe=probe,
             labelled=self._labelled(splits.train, 3 * config.descent.images) if selects else [],
             num_classes=len(splits.classes), epochs=epochs,
-            steps_per_epoch=len(loader) // fabric.world_size, teacher=teacher, teaches_logits=self.is_base,
-            descent=plan_descent(epochs * (len(loader) // fabric.world_size), config.descent, self.ratio)
-            if selects else None,
+            steps_per_epoch=len(loader) // fabric.world_size, teacher=teacher,
+            teaches_logits=self.is_base or transfer == "kd",
+            descent=plan_descent(total_steps, config.descent, self.ratio) if selects else None,
+            pruning=self._pruning(compression, size, total_steps), reference_macs=self.reference_macs,
         )  # fmt: skip
 
-    def _source(self, transfer: str) -> nn.Module:
+    def _cheaper(self, whole: nn.Module, compression: str, transfer: str) -> nn.Module:
+        """The network that is trained in place of ``whole``: smaller, on smaller images, or both."""
+        config, size, network = self.config, self.preprocess.input_size, whole
+        macs, self.reference_macs = self.dense_macs / self.ratio, self.dense_macs
+        if self.is_base:
+            raise ConfigError(f"--source {config.source} has been fine-tuned on these classes: +{compression} starts "
+                              "from pretrained weights. Give the source of that run.")  # fmt: skip
+        if "small" in compression:
+            named = require_small(config.small_source, macs, size, len(self.splits.classes))
+            torch.manual_seed(config.seed)
+            network = self._source(named, transfer).to(self.fabric.device)
+            self.preprocess = dataclasses.replace(self._preprocess(), input_size=size, resize=self.preprocess.resize)
+            check_supported(network, size)
+            cost = macs_at(network, size)
+            if "lowres" not in compression and cost > macs:
+                raise BudgetError(too_dear(named, cost, macs, size))
+        if "lowres" in compression:
+            side = input_size_for(network, macs, size)
+            p = self.preprocess
+            self.preprocess = dataclasses.replace(p, input_size=side, resize=max(side, round(p.resize * side / size)))
+        return network
+
+    def _pruning(self, compression: str, size: int, total_steps: int) -> Pruning | None:
+        """When channels are cut away; a budget that cannot be met is refused."""
+        if compression not in PRUNED or self.ratio <= 1:
+            return None
+        method: Any = compression
+        p, self.reference_macs = self.config.pruning, self.dense_macs
+        plan = plan_pruning(method, p.scope, stages=p.stages, end=p.end, total_steps=total_steps,
+                            ratio=self.ratio, reference=self.dense_macs, input_size=size)  # fmt: skip
+        check_reachable(self.network, plan)
+        return plan
+
+    def _transfer(
+        self, transfer: str, dense_network: nn.Module, size: int
+    ) -> tuple[list[Regulariser], FrozenNetwork | None]:
+        """The regularisers of a transfer, and the frozen network that they compare with."""
+        c, network, device = self.config, self.network, self.fabric.device
+        if transfer == "l2-sp":
+            heads = self._heads(network)
+            start = {n: p.detach().clone() for n, p in self._anchor(network).named_parameters()
+                     if not n.startswith(heads)}  # fmt: skip
+            return [NearStart(c.transfer.l2_sp, start)], None
+        if transfer == "kd":
+            teacher = FrozenNetwork(self._teacher(dense_network), ()).to(device)
+            return [LogitDistillation(c.distillation.logits, c.distillation.temperature)], teacher
+        if transfer not in ("afd", "delta"):
+            return [], None
+        units = [name for name, _ in selective_units(network)] or [u.name for u in convbn_units(network)]
+        features = stage_ends(network, units)
+        if transfer == "delta":
+            teacher = FrozenNetwork(self._anchor(dense_network), features, before_norm=True).to(device)
+            labelled = self._labelled(self.splits.train, c.transfer.delta_images)
+            weights = channel_weights(teacher, features, labelled, len(self.splits.classes))
+            return [Delta(c.transfer.delta, weights)], teacher
+        d, blocks = c.distillation, residual_blocks(network) if self.is_base and c.distillation.hints > 0 else []
+        teacher = FrozenNetwork(dense_network, features, blocks).to(device)
+        sizes = feature_sizes(teacher, torch.zeros(1, 3, size, size, device=device))
+        terms: list[Regulariser] = [
+            AttentiveTransfer(d.afd, AttentiveDistillation(sizes, hidden=d.hidden, squared=d.squared))
+        ]
+        if self.is_base and d.logits > 0:
+            terms.append(LogitDistillation(d.logits, d.temperature))
+        if blocks:
+            roles = unit_roles(network)
+            writers = {b: u for b in blocks for u in units if u.startswith(b + ".") and roles.get(u) == "stream"}
+            terms.append(BlockHints(d.hints, {b: writers.get(b, "") for b in blocks}))
+        return terms, teacher
+
+    def _anchor(self, network: nn.Module) -> nn.Module:
+        """The pretrained network that l2-sp and delta stay near: ``network`` itself, or what --anchor names."""
+        c = self.config
+        if not c.anchor or c.anchor == c.source:
+            return network
+        path, classes = Path(c.anchor), len(self.splits.classes)
+        if path.is_dir() and is_run(path):
+            anchor = load_run(path).model
+        else:
+            anchor = load_source(c.anchor, num_classes=classes, arch_args=json.loads(c.arch_args) or None).model
+        anchor.to(self.fabric.device)
+        return select(anchor, c.selection) if has_selection(network) and not has_selection(anchor) else anchor
+
+    def _teacher(self, network: nn.Module) -> nn.Module:
+        """The fine-tuned dense network whose logits are learned from: --teacher, or the base that is the source."""
+        path = self.config.teacher
+        if path is None:  # the base: trained first, or the source itself; until then the source stands in
+            return network
+        run = load_run(path)
+        if run.labels != tuple(self.splits.classes):
+            raise ConfigError(f"--teacher {path} was trained on other classes than {self.config.data} has.")
+        if run.preprocess.input_size != self.preprocess.input_size:
+            raise ConfigError(f"--teacher {path} looks at {run.preprocess.input_size} px images, this run at "
+                              f"{self.preprocess.input_size} px.")  # fmt: skip
+        theirs, ours = run.preprocess, self.preprocess
+        if (theirs.mean, theirs.std) != (ours.mean, ours.std):
+            raise ConfigError(f"--teacher {path} wants its images normalised with {theirs.mean}, {theirs.std}; this "
+                              f"run with {ours.mean}, {ours.std}.")  # fmt: skip
+        return run.model
+
+    def _source(self, spec: str, transfer: str) -> nn.Module:
         """The network to start from; sets what is known of it."""
         c, classes = self.config, self.splits.classes
-        path = Path(c.source)
+        path = Path(spec)
         if not (path.is_dir() and is_run(path)):
             try:
                 arch_args = json.loads(c.arch_args)
@@ -126,7 +233,8 @@ class Setup:
                 raise ConfigError(
                     f"--arch-args {c.arch_args}: give a JSON object such as '{{\"layers\": [1, 1, 1, 1]}}'."
                 )
-            source = load_source(c.source, num_classes=len(classes), arch_args=arch_args or None,
+            own = arch_args if spec == c.source else {}  # of the source, not of a smaller network
+            source = load_source(spec, num_classes=len(classes), arch_args=own or None,
                                  scratch=transfer == "scratch")  # fmt: skip
             self.arch, self.arch_args, self.selection = source.arch, source.arch_args, None
             self.origin, self._pretrained_cfg, self._preprocess_of_run = (
@@ -137,6 +245,10 @@ class Setup:
             self.is_base = False
             return source.model
         run = load_run(path)
+        if run.structure.get("widths"):
+            raise ConfigError(
+                f"{spec} has lost channels for good to pruning: start from the network that it came from."
+            )
         self.arch, self.arch_args, self.selection = run.arch, run.arch_args, run.selection
         self.origin, self._pretrained_cfg, self._preprocess_of_run = f"the run {path}", None, run.preprocess
         if has_selection(run.model):
@@ -179,9 +291,10 @@ class Setup:
     def _images(self, items: Sequence[Item], count: int) -> list[Tensor]:
         return [x_BCHW for x_BCHW, _ in self._labelled(items, count)]
 
-    def _heads(self) -> tuple[str, ...]:
+    @staticmethod
+    def _heads(network: nn.Module) -> tuple[str, ...]:
         """Prefixes of the classifier's parameters, which are new."""
-        head = getattr(self.network, "pretrained_cfg", {}).get("classifier", "fc")
+        head = getattr(network, "pretrained_cfg", {}).get("classifier", "fc")
         return tuple(f"{h}." for h in (head if isinstance(head, tuple | list) else (head,)))
 
     def record(self, facts: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 
     epoch 0 .. d = 1 .. | descent: d falls by stages | ........ final density ........ last epoch
 
-Each step: loss = CE + lambda AFD + KD + hints, as far as a teacher is there. Before a stage's first step the masks
+Each step: loss = CE + the transfer's terms (`transfer/`). Before a stage's first step the masks
 and the channels' importance are updated on training images and the densities are solved for on validation images;
 winners are ranked by the new importance from then on. After each epoch: validation accuracy and counted MACs, a
 checkpoint that replaces the last one atomically. The order of images, augmentation and everything random in epoch
@@ -27,19 +27,12 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from afds.checkpoint import load_checkpoint, save_checkpoint
+from afds.compression.pruning import Pruning, cut_to
+from afds.compression.widths import Kept, KeptChannels, cut_tensor, narrow, then, widths
 from afds.config import FitConfig, OptimConfig
 from afds.cost import CostMeter, has_selection, measure_cost
 from afds.data import TimedLoader, set_epoch
-from afds.distillation import (
-    AttentiveDistillation,
-    FrozenNetwork,
-    TapPoint,
-    block_hints,
-    l2_sp,
-    logit_distillation,
-    tap,
-    tap_points,
-)  # fmt: skip
+from afds.distillation import FrozenNetwork, TapPoint, tap, tap_points
 from afds.errors import TrainingError
 from afds.evaluation import evaluate
 from afds.importance import Importance, by_importance, estimate, set_importance
@@ -47,67 +40,73 @@ from afds.masks import mask_counts, update_masks
 from afds.record import Record
 from afds.schedule import Allocation, Descent, solve, sparing_stream, uniform
 from afds.selection import Predictor, densities, gates, set_density
+from afds.transfer import Regulariser, Step
 
 
 class Task(nn.Module):
-    """The target network and what else learns with it, in one module, as data parallelism wants it."""
+    """The target network and what else learns with it, in one module, as data parallelism wants it.
 
-    def __init__(self, network: nn.Module, afd: AttentiveDistillation | None, config: FitConfig) -> None:
+    Args:
+        terms: the transfer's regularisers.
+        head: prefixes of the classifier's parameters.
+    """
+
+    def __init__(
+        self, network: nn.Module, terms: Sequence[Regulariser], config: FitConfig, head: tuple[str, ...] = ()
+    ) -> None:
         super().__init__()
         self.network = network
-        self.afd = afd
+        self.regularisers = tuple(terms)
+        self.terms = nn.ModuleList(terms)  # so that what they learn is the task's
         self.config = config
-        self.blocks: tuple[str, ...] = ()
-        self.points = tap_points(network, afd.names) if afd is not None else {}
-        self.start: dict[str, Tensor] | None = None  # weights that l2-sp stays near, by name
-
-    def match_blocks(self, blocks: Sequence[str]) -> None:
-        """Compare the outputs of these residual blocks with the teacher's from now on."""
-        self.blocks = tuple(blocks)
-        self.points = {**self.points, **{name: TapPoint(name) for name in blocks}}
+        self.head = tuple(f"network.{prefix}" for prefix in head)
+        self.points: dict[str, TapPoint] = {}
+        for term in terms:
+            if term.units:
+                self.points |= tap_points(network, term.units, before_norm=term.before_norm)
+        self.points |= {name: TapPoint(name) for term in terms for name in term.blocks}
 
     def forward(
         self, x_BCHW: Tensor, y_B: Tensor, teacher: tuple[Tensor | None, dict[str, Tensor]] | None
     ) -> dict[str, Any]:
         """The terms of the loss, unweighted, their weighted sum `loss`, and rho's `entropy`."""
-        c = self.config
-        with tap(self.network, self.points if teacher is not None else {}) as features:
+        with tap(self.network, self.points) as features:
             logits_BK = self.network(x_BCHW)
         out: dict[str, Any] = {"entropy": {}}
-        out["ce"] = F.cross_entropy(logits_BK.float(), y_B, label_smoothing=c.optim.label_smoothing)
+        out["ce"] = F.cross_entropy(logits_BK.float(), y_B, label_smoothing=self.config.optim.label_smoothing)
         out["correct"] = (logits_BK.detach().argmax(1) == y_B).float().mean()
         out["loss"] = out["ce"]
-        if self.afd is not None and teacher is not None:
-            out["afd"], out["entropy"] = self.afd(features, teacher[1])
-            out["loss"] = out["loss"] + c.distillation.afd * out["afd"]
-        if teacher is not None and teacher[0] is not None and c.distillation.logits > 0:
-            out["kd"] = logit_distillation(logits_BK, teacher[0], c.distillation.temperature)
-            out["loss"] = out["loss"] + c.distillation.logits * out["kd"]
-        if self.blocks and teacher is not None:
-            out["hints"] = block_hints(features, teacher[1], self.blocks)
-            out["loss"] = out["loss"] + c.distillation.hints * out["hints"]
-        if self.start is not None:
-            out["l2_sp"] = l2_sp(self.network, self.start)
-            out["loss"] = out["loss"] + c.optim.weight_decay * out["l2_sp"]
+        seen = Step(self.network, logits_BK, features, *(teacher or (None, {})))
+        for term in self.regularisers:
+            out[term.name] = term(seen)
+            out["loss"] = out["loss"] + term.weight * out[term.name]
+            out["entropy"] |= term.facts
         return out
 
 
-def parameter_groups(task: Task, optim: OptimConfig, *, decay: bool = True) -> list[dict[str, Any]]:
-    """Weights, predictors' weights (own rate), and scales, biases and norms (no decay), in a stable order."""
+def parameter_groups(task: Task, config: FitConfig) -> list[dict[str, Any]]:
+    """Weights, predictors' weights (own rate), and scales, biases and norms (no decay), in a stable order.
+
+    Where a regulariser takes the place of weight decay, the classifier alone decays, at a rate of its own.
+    """
+    optim = config.optim
     predictors = {
         id(p) for m in task.modules() if isinstance(m, Predictor) for n, p in m.named_parameters() if n != "bias"
     }
-    weights, predicting, rest = [], [], []
-    for p in task.parameters():
+    replaced = any(term.replaces_decay for term in task.regularisers)
+    weights, heads, predicting, rest = [], [], [], []
+    for name, p in task.named_parameters():
         if id(p) in predictors:
             predicting.append(p)
+        elif p.ndim > 1 and replaced and name.startswith(task.head):
+            heads.append(p)
         elif p.ndim > 1:
             weights.append(p)
         else:
             rest.append(p)
-    wd = optim.weight_decay if decay else 0.0
     groups = [
-        {"params": weights, "weight_decay": wd, "multiple": 1.0},
+        {"params": weights, "weight_decay": 0.0 if replaced else optim.weight_decay, "multiple": 1.0},
+        {"params": heads, "weight_decay": config.transfer.head_decay, "multiple": 1.0},
         {"params": predicting, "weight_decay": optim.weight_decay, "multiple": optim.predictor_lr},
         {"params": rest, "weight_decay": 0.0, "multiple": 1.0},
     ]
@@ -139,22 +138,23 @@ class Plan:
     teacher: FrozenNetwork | None  # the pretrained source, or the fine-tuned dense network
     teaches_logits: bool  # the teacher knows the target's classes
     descent: Descent | None
+    pruning: Pruning | None = None
+    reference_macs: float = 0.0  # of the network that the budget is stated against, where it is not this one
 
 
 def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Callable[[dict[str, Any]], None]) -> None:
     """Run, or go on with, the training of ``plan``; its network is then in its final state."""
     c, task = plan.config, plan.task
-    optimizer = torch.optim.SGD(
-        parameter_groups(task, c.optim, decay=task.start is None),
-        lr=c.optim.lr, momentum=c.optim.momentum, nesterov=c.optim.momentum > 0,
-    )  # fmt: skip
-    wrapped, optimizer = fabric.setup(task, optimizer)
-    state = _State(task, optimizer, plan)
-    if (out / "last.ckpt").exists():
-        state.load(load_checkpoint(out / "last.ckpt"))
+    state = _State(task, plan)
+    saved = load_checkpoint(out / "last.ckpt") if (out / "last.ckpt").exists() else None
+    if saved is not None:
+        state.restore_shape(saved)
+    wrapped, optimizer = state.start(fabric)
+    if saved is not None:
+        state.load(saved)
         record.rewind(state.epoch)
     timed = TimedLoader(plan.train_loader)
-    meter = CostMeter(task.network)
+    meter = CostMeter(task.network, plan.reference_macs)
     for epoch in range(state.epoch, plan.epochs):
         torch.manual_seed(c.seed * 100_003 + epoch)
         set_epoch(plan.train_loader, epoch)
@@ -163,6 +163,8 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
         task.train()
         for x_BCHW, y_B in timed:
             _stages(fabric, plan, state, step, record, epoch)
+            if _cut(plan, state, step, record, epoch):
+                wrapped, optimizer = state.start(fabric)
             x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
             rate = learning_rate(step, plan.epochs * plan.steps_per_epoch, c.optim)
             for group in optimizer.param_groups:
@@ -228,11 +230,54 @@ def reestimate_norms(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]
 class _State:
     """All that changes while training, and nothing else: what a checkpoint holds."""
 
-    def __init__(self, task: Task, optimizer: Any, plan: Plan) -> None:
-        self.task, self.optimizer, self.plan = task, optimizer, plan
+    def __init__(self, task: Task, plan: Plan) -> None:
+        self.task, self.plan = task, plan
+        self.optimizer: Any = None
+        self.momentum: dict[str, Tensor] = {}  # by name, of parameters that a cut has replaced
         self.epoch = 0
         self.stage = 0
         self.importance: Importance | None = None
+        self.kept: Kept = {}
+
+    def start(self, fabric: Fabric) -> tuple[Any, Any]:
+        """The task and a fresh optimizer over its parameters as they now are, set up by Fabric."""
+        optim = self.plan.config.optim
+        sgd = torch.optim.SGD(parameter_groups(self.task, self.plan.config), lr=optim.lr, momentum=optim.momentum,
+                              nesterov=optim.momentum > 0)  # fmt: skip
+        for name, parameter in self.task.named_parameters():
+            if name in self.momentum:
+                sgd.state[parameter]["momentum_buffer"] = self.momentum[name]
+        self.momentum = {}
+        wrapped, self.optimizer = fabric.setup(self.task, sgd)
+        return wrapped, self.optimizer
+
+    def cut(self, kept: Kept) -> None:
+        """Channels have just gone from the network: momentum and regularisers follow, by name."""
+        old = self.optimizer.optimizer.state if hasattr(self.optimizer, "optimizer") else self.optimizer.state
+        buffers = {id(p): s["momentum_buffer"] for p, s in old.items() if s.get("momentum_buffer") is not None}
+        self.momentum = {
+            name: cut_tensor(name.removeprefix("network."), buffers[before], kept).clone()
+            for name, before in self.names.items()
+            if before in buffers
+        }
+        self.kept = then(self.kept, kept)
+        self._follow()
+
+    def remember_names(self) -> None:
+        """Note which parameter has which name, before a cut replaces them."""
+        self.names = {name: id(parameter) for name, parameter in self.task.named_parameters()}
+
+    def _follow(self) -> None:
+        for term in self.task.regularisers:
+            term.cut(self.kept)
+        self.task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def restore_shape(self, saved: dict[str, Any]) -> None:
+        """Give the network the widths that it was saved with, before an optimizer holds its parameters."""
+        if saved.get("kept"):
+            narrow(self.task.network, saved["widths"])
+            self.kept = {name: KeptChannels(*channels) for name, channels in saved["kept"].items()}
+            self._follow()
 
     def teach(self, x_BCHW: Tensor, fabric: Fabric) -> tuple[Tensor | None, dict[str, Tensor]] | None:
         """The teacher's logits, if it knows these classes, and features."""
@@ -247,6 +292,8 @@ class _State:
             "epoch": self.epoch, "stage": self.stage, "task": self.task.state_dict(),
             "optimizer": self.optimizer.state_dict(), "densities": densities(self.task.network),
             "importance": (self.importance.taylor, self.importance.weight) if self.importance else None,
+            "kept": {name: (channels.out, channels.in_) for name, channels in self.kept.items()},
+            "widths": widths(self.task.network) if self.kept else {},
         }  # fmt: skip
 
     def load(self, saved: dict[str, Any]) -> None:
@@ -257,6 +304,24 @@ class _State:
             self.importance = Importance(*saved["importance"])
         if saved["densities"]:
             set_density(self.task.network, saved["densities"])
+
+
+def _cut(plan: Plan, state: _State, step: int, record: Record, epoch: int) -> bool:
+    """Before a step: cut the channels of the pruning stages that are due; whether the parameters are new."""
+    pruning, network, done = plan.pruning, state.task.network, False
+    while pruning is not None and state.stage < len(pruning.stage_steps) and step >= pruning.stage_steps[state.stage]:
+        target = pruning.target(state.stage)
+        state.remember_names()
+        kept = cut_to(network, pruning, target)
+        if kept:
+            state.cut(kept)
+            done = True
+        cost = CostMeter(network, plan.reference_macs)(plan.probe[0][:1])[1]
+        record.write("stage", epoch=epoch, step=step, target_ratio=target, ratio=cost.ratio, densities={},
+                     thresholds={}, channels={n: len(k.out) for n, k in state.kept.items()})  # fmt: skip
+        state.stage += 1
+        network.train()
+    return done
 
 
 def _stages(fabric: Fabric, plan: Plan, state: _State, step: int, record: Record, epoch: int) -> None:
@@ -309,7 +374,7 @@ def _agree(fabric: Fabric, network: nn.Module) -> None:
 
 def _phase(plan: Plan, step: int) -> str:
     if plan.descent is None:
-        return "tuning"
+        return "tuning" if plan.pruning is None or step > plan.pruning.stage_steps[-1] else "pruning"
     if step <= plan.descent.warm_end:
         return "warm"
     return "descent" if step <= plan.descent.stage_steps[-1] else "final"
