@@ -129,7 +129,9 @@ class _Lowering:
 
     def _refuse(self, node: fx.Node, why: str = "") -> UnsupportedError:
         where = str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        kind = type(self.gm.get_submodule(where)).__name__ if node.op == "call_module" else node.op.removeprefix("call_")
+        kind = (
+            type(self.gm.get_submodule(where)).__name__ if node.op == "call_module" else node.op.removeprefix("call_")
+        )
         return UnsupportedError(f"The native runtime does not compute {where} ({kind}){': ' + why if why else ''}.")
 
     def _value(self, node: fx.Node, position: int = 0) -> Any:
@@ -174,9 +176,7 @@ class _Lowering:
             self._act(node, ACT_MODULES[kind])
         elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
             self._pool(node, module)
-        elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
-            self.env[node] = self._mean(node)
-        elif kind in ("FastAdaptiveAvgPool", "FastAdaptiveAvgPool2d"):
+        elif (isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))) or kind in ("FastAdaptiveAvgPool", "FastAdaptiveAvgPool2d"):
             self.env[node] = self._mean(node)
         elif isinstance(module, nn.Flatten):
             self._flatten(node)
@@ -195,9 +195,7 @@ class _Lowering:
             self._scale(node)
         elif node.op in ("call_function", "call_method") and (is_sigmoid(self.gm, node) or name in ACT_NAMES):
             self._act(node, "hardsigmoid" if name == "hard_sigmoid" else ACT_NAMES[str(name)])
-        elif name == "mean" and _dims(node) in ((2, 3), (-2, -1), (-1, -2)):
-            self.env[node] = self._mean(node)
-        elif node.target is F.adaptive_avg_pool2d and node.args[1:] in ((1,), ((1, 1),)):
+        elif (name == "mean" and _dims(node) in ((2, 3), (-2, -1), (-1, -2))) or (node.target is F.adaptive_avg_pool2d and node.args[1:] in ((1,), ((1, 1),))):
             self.env[node] = self._mean(node)
         elif name in ("flatten", "contiguous", "clone", "dropout"):
             if name == "flatten":
