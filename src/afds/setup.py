@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shlex
@@ -97,6 +98,8 @@ class Setup:
         if selects:  # a hopeless budget: now, not after hours
             solve(network, uniform(network), self.ratio, probe[:1], steps=0)
             set_density(network, 1.0)
+        refits = selects and self.is_base and config.method == "afds" and config.descent.reconstruct > 0
+        reference = copy.deepcopy(network).requires_grad_(False) if refits else None
         terms, teacher = self._transfer(transfer, dense_network, size)
         if compression == "slimming" and self.ratio == 1 and config.pruning.sparsity > 0:
             terms.append(Sparsity(config.pruning.sparsity))
@@ -118,6 +121,8 @@ class Setup:
             steps_per_epoch=len(loader) // fabric.world_size, teacher=teacher,
             teaches_logits=self.is_base or transfer == "kd",
             descent=plan_descent(total_steps, config.descent, self.ratio) if selects else None,
+            reference=reference,
+            refit_on=tuple(self._images(splits.train, config.descent.reconstruct)) if refits else (),
             pruning=self._pruning(compression, size, total_steps), reference_macs=self.reference_macs,
         )  # fmt: skip
 
