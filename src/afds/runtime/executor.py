@@ -105,6 +105,11 @@ class Executor:
         """MACs that were executed for each image, (B,) int64: what `afds.cost` counts, predictors included."""
         return self.layer_macs(x_BCHW).sum(1)
 
+    def counted(self, x_BCHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and `counted_macs` of the same pass."""
+        logits_BK, macs_BO = self._engine.run_counted(self._checked(x_BCHW))
+        return logits_BK, macs_BO.sum(1)
+
     def layer_macs(self, x_BCHW: np.ndarray) -> np.ndarray:
         """The same by op of the plan, (B, ops) int64."""
         return self._engine.run_counted(self._checked(x_BCHW))[1]
