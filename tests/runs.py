@@ -50,7 +50,7 @@ def write_run(
     model = tiny_network(selection=selection, num_classes=len(labels), **args)
     with torch.no_grad():  # logits of about 1, or every probability would be 0 or 1
         spread = model(torch.randn(8, 3, 1, 1) + 0.3 * torch.randn(8, 3, 32, 32)).abs().max()
-        for parameter in model.fc.parameters():
+        for parameter in model.fc.parameters() if spread.isfinite() else ():
             parameter.div_(spread)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
