@@ -12,9 +12,8 @@ from afds.runtime.plan import TENSORS, Plan
 
 try:
     from afds.runtime import _kernels
-except ImportError as error:  # built without a compiler
+except ImportError:  # built without a compiler
     _kernels = None  # type: ignore[assignment]
-    _reason = str(error)
 
 BUILD_ADVICE = ("afds was installed without its native runtime. Install a C++ compiler (g++ or clang) and install "
                 "afds again; until then the PyTorch forward (--runtime torch) computes the same.")  # fmt: skip
