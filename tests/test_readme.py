@@ -17,6 +17,8 @@ TINY = ["--arch-args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "st
 QUICK = ["--optim.epochs", "2", "--base-epochs", "2", "--optim.batch-size", "8", "--data-options.workers", "0",
          "--data-options.input-size", "32", "--descent.stages", "2", "--descent.images", "8"]  # fmt: skip
 
+COMPARE = ["--epochs", "1", "--base-epochs", "1", *QUICK[4:]]
+
 
 def commands() -> list[list[str]]:
     """Every `afds VERB ...` in the README's code blocks, without what is said behind two spaces."""
@@ -54,6 +56,8 @@ def test_commands_of_the_readme(
         if verb == "demo" or "--resume" in rest:
             continue  # a test of its own: test_training.py
         rest = ["resnet18:tiny/model.safetensors" if word == "resnet50" else word for word in rest]
+        if verb == "compare":
+            rest += ["--source", "resnet18:tiny/model.safetensors", *TINY, *COMPARE]
         extra = [] if verb != "fit" else QUICK if "run/base" in rest else [*TINY, *QUICK]
         assert main([verb, *rest, *extra]) == 0, command
     assert {"fit", "evaluate", "predict", "report"} <= verbs

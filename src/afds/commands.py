@@ -86,7 +86,14 @@ def run(verb: str, arguments: list[str]) -> int:
         from afds.prepare_command import prepare_command
 
         return prepare_command(arguments)
-    return {"fit": _fit, "evaluate": _evaluate, "predict": _predict, "report": _report, "demo": _demo}[verb](arguments)
+    return {
+        "fit": _fit,
+        "evaluate": _evaluate,
+        "predict": _predict,
+        "report": _report,
+        "compare": _compare,
+        "demo": _demo,
+    }[verb](arguments)
 
 
 def _fit(arguments: list[str]) -> int:
@@ -172,6 +179,28 @@ def _report(arguments: list[str]) -> int:
     from afds.report import write_report
 
     print(write_report(options.run))
+    return 0
+
+
+def _compare(arguments: list[str]) -> int:
+    from afds.compare.plan import CompareConfig
+
+    config = tyro.cli(CompareConfig, prog="afds compare", args=arguments, description=CompareConfig.__doc__)
+    from afds.compare.page import write_page
+    from afds.compare.run import compare
+    from afds.compare.table import cells, footnote, terminal, write_tables
+
+    console = Console(highlight=False)
+    lines = compare(config, console)
+    if config.dry_run:
+        return 0
+    found = cells(lines, config.reference_row())
+    note = footnote(found, config.reference_row(), config.trials)
+    for table in terminal(found):
+        console.print(table)
+    console.print(note, markup=False)
+    write_tables(config.out, found, note)
+    print(write_page(config.out, found, note))
     return 0
 
 

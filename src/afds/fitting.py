@@ -75,6 +75,7 @@ def fit(config: FitConfig, *, quiet: bool = False) -> FitResult:
     fabric.barrier()  # all have looked at --out before one writes there
     setup = Setup(config, splits, fabric)  # also where steps come first: what is wrong is wrong now
     out = config.out
+    assert out is not None
     if fabric.is_global_zero and config.resume is None:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "config.json", setup.record(facts))

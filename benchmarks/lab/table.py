@@ -1,0 +1,60 @@
+"""Put a comparison's results into a page, between two marks, from the committed lines of its trials.
+
+    python benchmarks/lab/table.py RESULTS/trials.jsonl PAGE.md
+
+PAGE.md holds `<!-- lab:begin -->` and `<!-- lab:end -->`; what stands between them is replaced. `--trim` first makes
+a file of trials small enough to commit: only final runs, without what the table does not need.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from afds.compare.table import cells, footnote, markdown
+from afds.errors import ConfigError
+from afds.files import write_atomic
+from afds.record import read_lines
+
+BEGIN, END = "<!-- lab:begin -->", "<!-- lab:end -->"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write the table of a comparison into a page."""
+
+    trials: Annotated[Path, tyro.conf.Positional]
+    """trials.jsonl of `afds compare`."""
+    page: Annotated[Path, tyro.conf.Positional]
+    """Markdown page with the two marks, or with --trim the file to write."""
+    reference: str = "afds"
+    """Row that the others are compared with."""
+    trim: bool = False
+    """Write the final runs' lines to PAGE, and no table."""
+
+
+def main(options: Options) -> None:
+    lines = read_lines(options.trials)
+    if options.trim:
+        finals = [line for line in lines if line["kind"] in ("final", "tuning")]
+        write_atomic(options.page, "".join(json.dumps(line) + "\n" for line in finals))
+        return
+    text = options.page.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise ConfigError(f"{options.page} has no marks {BEGIN} and {END}.")
+    tuning = [line for line in lines if line["kind"] == "tuning"]
+    trials = max((line["key"].rpartition("/")[2] for line in tuning), default="0", key=int)
+    found = cells(lines, options.reference)
+    hardware = lines[0]["hardware"]
+    stamp = f"{hardware['cpu']}, {hardware['precision']}, torch {hardware['versions']['torch']}."
+    table = markdown(found, f"{footnote(found, options.reference, int(trials) + 1)} {stamp}")
+    before, _, rest = text.partition(BEGIN)
+    write_atomic(options.page, f"{before}{BEGIN}\n\n{table}\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

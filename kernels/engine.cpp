@@ -1,0 +1,1016 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace afds {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+struct Share {
+  int begin, end;
+  int size() const { return end - begin; }
+};
+
+Share share(int total, int t, int n) {
+  return {static_cast<int>(int64_t(total) * t / n), static_cast<int>(int64_t(total) * (t + 1) / n)};
+}
+
+Share share_lines(int floats, int t, int n) {  // whole cache lines, so that two threads write none in common
+  const Share s = share((floats + kRound - 1) / kRound, t, n);
+  return {std::min(floats, s.begin * kRound), std::min(floats, s.end * kRound)};
+}
+
+struct Steps {  // `total` in `parts` of nearly equal size, the larger ones first; no division in the loop
+  int small, larger;
+  Steps(int total, int parts) : small(total / parts), larger(total - total / parts * parts) {}
+  Share operator[](int i) const {
+    const int begin = i * small + std::min(i, larger);
+    return {begin, begin + small + (i < larger)};
+  }
+};
+
+constexpr size_t kSlack = 4 * kRound;  // floats behind each array: the loops over pixels read whole vectors
+
+int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+void check(bool good, const std::string &what) {
+  if (!good) throw std::invalid_argument("plan: " + what);
+}
+
+// Time of one product step of an r x v tile, in units of one fused multiply-add a cycle: two of them and two loads
+// start each cycle, an unaligned load counts twice, and a sum waits four cycles for its last.
+float step_cost(int r, int v) {
+  return std::max({r * v * 0.5f, (r + 2 * v + 2) * 0.5f, 4.0f}) + 0.25f;
+}
+
+struct Split {
+  int rows, vecs;
+  float cost;
+};
+
+// Parts of nearly equal size: how a count is cut into at most `most` at a time.
+float parts_cost(int total, int most, int other, bool rows) {
+  const int parts = (total + most - 1) / most, small = total / parts, large = total - small * parts;
+  auto one = [&](int n) { return rows ? step_cost(n, other) : step_cost(other, n); };
+  return large * (large ? one(small + 1) : 0.0f) + (parts - large) * one(small);
+}
+
+Split best_split(const Table &table, int rows, int vecs) {
+  Split best{1, 1, 1e30f};
+  for (int r = 1; r <= std::min(rows, kMaxRows); ++r) {
+    int most = 0;
+    for (int v = 1; v <= kMaxVecs; ++v)
+      if (table.tile[kPlain][r][v]) most = v;
+    if (!most) continue;
+    const int row_parts = (rows + r - 1) / r, small = rows / row_parts, large = rows - small * row_parts;
+    float cost = (row_parts - large) * parts_cost(vecs, most, small, false);
+    if (large) cost += large * parts_cost(vecs, most, small + 1, false);
+    if (cost < best.cost) best = {r, most, cost};
+  }
+  return best;
+}
+
+}  // namespace
+
+Floats::Floats(size_t n) : size_(n) {
+  if (!n) return;
+  const size_t bytes = (n * sizeof(float) + 63) / 64 * 64;
+  data_ = static_cast<float *>(std::aligned_alloc(64, bytes));
+  if (!data_) throw std::bad_alloc();
+  std::memset(data_, 0, bytes);
+}
+
+Floats &Floats::operator=(Floats &&other) noexcept {
+  if (this != &other) {
+    if (owned_) std::free(data_);
+    data_ = other.data_, size_ = other.size_, owned_ = other.owned_;
+    other.data_ = nullptr, other.size_ = 0;
+  }
+  return *this;
+}
+
+Floats::~Floats() {
+  if (owned_) std::free(data_);
+}
+
+Arena::~Arena() {
+  for (void *chunk : chunks_) std::free(chunk);
+}
+
+float *Arena::take(size_t n) {
+  constexpr size_t kPage = size_t(2) << 20;  // bytes of a large page
+  const size_t bytes = (n * sizeof(float) + 63) / 64 * 64 + kSlack * sizeof(float);
+  if (bytes > left_) {
+    const size_t size = (std::max(bytes, 4 * kPage) + kPage - 1) / kPage * kPage;
+    void *chunk = std::aligned_alloc(kPage, size);
+    if (!chunk) throw std::bad_alloc();
+    chunks_.push_back(chunk);
+#if defined(__linux__)
+    madvise(chunk, size, MADV_HUGEPAGE);  // where it is refused, small pages do
+#endif
+    at_ = static_cast<char *>(chunk);
+    left_ = size;
+  }
+  float *out = reinterpret_cast<float *>(at_);
+  at_ += bytes;
+  left_ -= bytes;
+  std::memset(out, 0, bytes);
+  return out;
+}
+
+Floats Arena::keep(Floats from) {
+  if (!from.size()) return from;
+  float *to = take(from.size());
+  std::memcpy(to, from.data(), from.size() * sizeof(float));
+  return Floats(to, from.size());
+}
+
+std::vector<std::string> usable_tables() {
+  std::vector<std::string> names;
+#if defined(__x86_64__) || defined(_M_X64)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
+    names.push_back(kTableAvx512.name);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.push_back(kTableAvx2.name);
+#endif
+  names.push_back(kTableBase.name);
+  return names;
+}
+
+const Table &choose_table(const std::string &isa) {
+  const auto usable = usable_tables();
+  const std::string name = isa == "auto" ? usable.front() : isa;
+  if (std::find(usable.begin(), usable.end(), name) != usable.end()) {
+#if defined(__x86_64__) || defined(_M_X64)
+    if (name == kTableAvx512.name) return kTableAvx512;
+    if (name == kTableAvx2.name) return kTableAvx2;
+#endif
+    return kTableBase;
+  }
+  std::string all;
+  for (const auto &n : usable) all += (all.empty() ? "" : ", ") + n;
+  throw std::invalid_argument("this CPU cannot run the instruction set " + isa + "; it can run: " + all);
+}
+
+Engine::Engine(int threads, const std::string &isa)
+    : table_(choose_table(isa)), threads_(threads), pool_(threads) {}
+
+// ---------------------------------------------------------------- building
+
+int Engine::check_value(int v) const {
+  check(v >= 0 && v < static_cast<int>(values_.size()), "no value " + std::to_string(v));
+  return v;
+}
+
+int Engine::add_buffer(const Layout &layout, int channels) {
+  Buffer b;
+  b.layout = layout;
+  Layout &l = b.layout;
+  check(l.height > 0 && l.width > 0 && l.pitch >= l.width && channels > 0, "a buffer's sizes");
+  check(int64_t(l.plane) * channels < (int64_t(1) << 31), "a buffer of 2^31 numbers or more");
+  l.pixels = round_up((l.height - 1) * l.pitch + l.width, kRound);
+  check(l.lead >= 0 && l.lead % kRound == 0 && l.plane % kRound == 0 && l.plane >= l.lead + l.pixels,
+        "a buffer's planes");
+  b.channels = channels;
+  b.mask.assign(l.pixels, 0);
+  for (int y = 0; y < l.height; ++y)
+    for (int x = 0; x < l.width; ++x) b.mask[y * l.pitch + x] = ~0u;
+  longest_ = std::max(longest_, l.plane);
+  buffers_.push_back(std::move(b));
+  return static_cast<int>(buffers_.size()) - 1;
+}
+
+int Engine::add_value(int buffer, int channels, bool pooled) {
+  check(buffer >= 0 && buffer < static_cast<int>(buffers_.size()), "no buffer " + std::to_string(buffer));
+  check(channels > 0 && channels <= buffers_[buffer].channels, "a value wider than its buffer");
+  values_.push_back({buffer, channels, pooled});
+  widest_ = std::max(widest_, channels);
+  return static_cast<int>(values_.size()) - 1;
+}
+
+int Engine::channels() const { return values_[input_].channels; }
+int Engine::height() const { return layout(input_).height; }
+int Engine::width() const { return layout(input_).width; }
+
+// [rows][columns] with each row padded to whole cache lines.
+void Engine::pad_rows(Floats &w, int rows, int columns) {
+  const int pitch = round_up(columns, kRound);
+  Floats out(arena_.take(size_t(rows) * pitch), size_t(rows) * pitch);
+  for (int r = 0; r < rows; ++r)
+    std::copy(w.data() + size_t(r) * columns, w.data() + size_t(r + 1) * columns, out.data() + size_t(r) * pitch);
+  w = std::move(out);
+}
+
+void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, int dilation) {
+  check_value(c.x), check_value(c.y);
+  check(c.in == values_[c.x].channels && c.out == values_[c.y].channels, c.name + ": channels");
+  check(kh > 0 && kw > 0 && stride > 0 && dilation > 0 && pad_h >= 0 && pad_w >= 0, c.name + ": geometry");
+  check(c.groups > 0 && c.in % c.groups == 0 && c.out % c.groups == 0, c.name + ": groups");
+  const Layout &in = layout(c.x), &out = layout(c.y);
+  auto side = [&](int n, int k, int pad) { return (n + 2 * pad - dilation * (k - 1) - 1) / stride + 1; };
+  check(out.height == side(in.height, kh, pad_h) && out.width == side(in.width, kw, pad_w), c.name + ": output size");
+  c.taps = kh * kw;
+  const size_t row = size_t(c.in / c.groups) * c.taps;
+  check(c.weight.size() == row * c.out && c.bias.size() == size_t(c.out), c.name + ": weights");
+  check(row < (size_t(1) << 31), c.name + ": weights");
+  if (c.res >= 0) {
+    check(values_[check_value(c.res)].channels == c.out && layout(c.res) == out, c.name + ": residual");
+  }
+  c.stride = stride;
+  auto floor_div = [](int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); };
+  const bool direct = stride == 1 && in.pitch == out.pitch && in.height == out.height && in.width == out.width;
+  c.staged = !direct;
+  int low = 0, high = 0, top = 0, right = 0;
+  std::vector<int> phase_of(stride * stride, -1);
+  c.tap.clear();
+  for (int dy = 0; dy < kh; ++dy)
+    for (int dx = 0; dx < kw; ++dx) {
+      const int qy = dy * dilation - pad_h, qx = dx * dilation - pad_w;
+      const int sy = floor_div(qy, stride), sx = floor_div(qx, stride);
+      const int phase = (qy - sy * stride) * stride + (qx - sx * stride);
+      if (phase_of[phase] < 0) {
+        phase_of[phase] = static_cast<int>(c.phases.size());
+        c.phases.push_back(phase);
+      }
+      const int offset = sy * out.pitch + sx;
+      c.tap.push_back({phase_of[phase], offset});
+      low = std::min(low, offset), high = std::max(high, offset);
+      top = std::max(top, sy), right = std::max(right, sx);
+    }
+  // What a row reads left and right of itself must be the padding between rows, of which the pitch is to leave enough.
+  const int left = -floor_div(-pad_w, stride);
+  const int columns = std::min((in.width + stride - 1) / stride, out.width + right);
+  check(out.pitch >= std::max(out.width + right, columns + left), c.name + ": pitch");
+  if (direct) {
+    check(in.lead + low >= 0 && in.lead + in.pixels + high <= in.plane, c.name + ": padding");
+    c.phases.clear();
+  } else {
+    Layout &s = c.stage;
+    s.height = std::min((in.height + stride - 1) / stride, out.height + top);
+    s.width = columns;
+    s.pitch = out.pitch;
+    s.lead = round_up(-low, kRound);
+    s.plane = round_up(s.lead + std::max(out.pixels + high, s.height * s.pitch + kRound), kRound);
+    if (s.plane / kRound % 2 == 0) s.plane += kRound;
+    const int64_t size = int64_t(s.plane) * c.in * c.phases.size();
+    check(size < (int64_t(1) << 31), c.name + ": staging");
+    staging_ = std::max(staging_, size_t(size));
+    longest_ = std::max(longest_, s.plane);
+  }
+  if (c.rows == Rows::kDynamic) {
+    Gate &g = c.gate;
+    const size_t n = g.dynamic.size(), in_rows = g.rank ? g.rank : c.in;
+    check(g.bias.size() == n && g.weight.size() == n * in_rows, c.name + ": predictor");
+    check(g.rank == 0 || g.reduce.size() == size_t(c.in) * g.rank, c.name + ": low-rank predictor");
+    check(g.constant.size() == size_t(c.out) && g.importance.size() == size_t(c.out) &&
+              g.sign.size() == size_t(c.out) && g.scaled.size() == size_t(c.out) && c.beta.size() == size_t(c.out),
+          c.name + ": gate");
+    check(g.k >= 1 && g.k <= c.out, c.name + ": k");
+    for (int32_t k : g.dynamic) check(k >= 0 && k < c.out, c.name + ": dynamic");
+    check(values_[c.x].pooled, c.name + ": its input is not pooled");
+    widest_ = std::max({widest_, g.rank, static_cast<int>(n)});
+    pad_rows(g.weight, static_cast<int>(in_rows), static_cast<int>(n));
+    if (g.rank) pad_rows(g.reduce, c.in, g.rank);
+  }
+  if (c.rows == Rows::kFixed)
+    for (size_t i = 0; i < c.fixed.size(); ++i)
+      check(c.fixed[i] >= 0 && c.fixed[i] < c.out && (i == 0 || c.fixed[i] > c.fixed[i - 1]), c.name + ": rows");
+  if (c.rows == Rows::kFollow) check(c.in == c.out, c.name + ": a depthwise unit with other channels");
+  c.weight = arena_.keep(std::move(c.weight));
+  most_steps_ = std::max(most_steps_, c.in * c.taps);
+  most_groups_ = std::max(most_groups_, c.groups);
+  widest_ = std::max(widest_, c.out);
+  names_.push_back(c.name);
+  ops_.push_back({Op::kConv, static_cast<int>(convs_.size())});
+  convs_.push_back(std::move(c));
+}
+
+void Engine::add_pool(PoolOp p) {
+  check(values_[check_value(p.x)].channels == values_[check_value(p.y)].channels, p.name + ": channels");
+  const Layout &in = layout(p.x), &out = layout(p.y);
+  check(values_[p.x].buffer != values_[p.y].buffer, p.name + ": cannot run in place");
+  check(p.kernel > 0 && p.stride > 0 && p.pad >= 0 && p.pad < p.kernel, p.name + ": geometry");
+  auto fits = [&](int n_in, int n_out) {
+    return n_out > 0 && (n_out - 1) * p.stride - p.pad < n_in && (n_out - 1) * p.stride - p.pad + p.kernel > 0;
+  };
+  check(fits(in.height, out.height) && fits(in.width, out.width), p.name + ": output size");
+  names_.push_back(p.name);
+  ops_.push_back({Op::kPool, static_cast<int>(pools_.size())});
+  pools_.push_back(std::move(p));
+}
+
+void Engine::add_mean(MeanOp m) {
+  check(values_[check_value(m.x)].channels == values_[check_value(m.y)].channels && values_[m.x].pooled &&
+            layout(m.y).height == 1 && layout(m.y).width == 1,
+        m.name + ": shapes");
+  names_.push_back(m.name);
+  ops_.push_back({Op::kMean, static_cast<int>(means_.size())});
+  means_.push_back(std::move(m));
+}
+
+void Engine::add_add(AddOp a) {
+  check(values_[check_value(a.a)].channels == values_[check_value(a.y)].channels && layout(a.a) == layout(a.y),
+        a.name + ": shapes");
+  if (a.b >= 0)
+    check(values_[check_value(a.b)].channels == values_[a.y].channels && layout(a.b) == layout(a.y),
+          a.name + ": shapes");
+  names_.push_back(a.name);
+  ops_.push_back({Op::kAdd, static_cast<int>(adds_.size())});
+  adds_.push_back(std::move(a));
+}
+
+void Engine::add_se(SqueezeExcite s) {
+  check(values_[check_value(s.x)].buffer == values_[check_value(s.y)].buffer, s.name + ": runs in place");
+  check(values_[s.x].channels == s.in && values_[s.y].channels == s.in && values_[s.x].pooled, s.name + ": input");
+  check(s.hidden > 0 && s.weight1.size() == size_t(s.in) * s.hidden && s.bias1.size() == size_t(s.hidden) &&
+            s.weight2.size() == size_t(s.in) * s.hidden && s.bias2.size() == size_t(s.in),
+        s.name + ": weights");
+  widest_ = std::max(widest_, s.hidden);
+  names_.push_back(s.name);
+  ops_.push_back({Op::kSe, static_cast<int>(ses_.size())});
+  ses_.push_back(std::move(s));
+}
+
+void Engine::add_linear(Linear l) {
+  check(classes_ == 0, l.name + ": a second classifier");
+  check(values_[check_value(l.x)].channels == l.in && values_[l.x].pooled, l.name + ": input");
+  check(l.out > 0 && l.weight.size() == size_t(l.in) * l.out && l.bias.size() == size_t(l.out), l.name + ": weights");
+  classes_ = l.out;
+  pad_rows(l.weight, l.in, l.out);
+  widest_ = std::max(widest_, l.out);
+  names_.push_back(l.name);
+  ops_.push_back({Op::kLinear, static_cast<int>(linears_.size())});
+  linears_.push_back(std::move(l));
+}
+
+// ---------------------------------------------------------------- running
+
+std::unique_ptr<Workspace> Engine::make_workspace() const {
+  auto ws = std::make_unique<Workspace>();
+  for (const Buffer &b : buffers_) {
+    const size_t n = size_t(b.channels) * b.layout.plane, sums = size_t(threads_) * b.channels * kSumLanes;
+    ws->memory.emplace_back(ws->arena.take(n), n);
+    ws->sums.emplace_back(ws->arena.take(sums), sums);
+  }
+  ws->active.resize(values_.size());
+  for (size_t v = 0; v < values_.size(); ++v) {
+    ws->active[v].list.assign(values_[v].channels + 1, 0);
+    ws->active[v].on.assign(values_[v].channels, 0);
+  }
+  ws->staging = Floats(ws->arena.take(staging_), staging_);
+  ws->zeros = Floats(longest_ + kSlack);
+  for (Floats *f : {&ws->p, &ws->r, &ws->h, &ws->q, &ws->scale, &ws->shift}) *f = Floats(widest_ + kRound);
+  ws->p = Floats(size_t(threads_) * round_up(widest_, kRound));
+  for (auto *v : {&ws->keys, &ws->rows, &ws->only}) v->assign(widest_ + 1, 0);
+  ws->xoff.assign(most_steps_ + kAhead, 0);
+  ws->woff.assign(most_steps_, 0);
+  ws->group_steps.assign(most_groups_ + 1, 0);
+  ws->group_rows.assign(most_groups_ + 1, 0);
+  ws->pointers.resize(threads_);
+  for (auto &p : ws->pointers) {
+    p.w.assign(widest_ + kMaxRows, nullptr);
+    p.res.assign(widest_, nullptr);
+    p.out.assign(widest_, nullptr);
+    p.sum.assign(widest_, nullptr);
+  }
+  ws->macs.assign(ops_.size(), 0);
+  ws->seconds.assign(ops_.size() * kParts, 0.0);
+  ws->chosen.resize(ops_.size());
+  return ws;
+}
+
+size_t Engine::workspace_bytes() const {
+  size_t n = staging_;
+  for (const Buffer &b : buffers_) n += size_t(b.channels) * (b.layout.plane + threads_ * kSumLanes);
+  return n * sizeof(float);
+}
+
+std::unique_ptr<Workspace> Engine::take() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!idle_.empty()) {
+      auto ws = std::move(idle_.back());
+      idle_.pop_back();
+      return ws;
+    }
+  }
+  return make_workspace();
+}
+
+void Engine::give(std::unique_ptr<Workspace> ws) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  idle_.push_back(std::move(ws));
+}
+
+void Engine::run(const float *x, int batch, float *out) { run_counted(x, batch, out, nullptr); }
+
+void Engine::run_counted(const float *x, int batch, float *out, int64_t *macs) {
+  const size_t pixels = size_t(channels()) * height() * width(), n_ops = ops_.size();
+  if (batch < threads_ || threads_ == 1) {  // all threads on one image after the other
+    auto ws = take();
+    pool_.run([&](int t) {
+      const Run run{*ws, t, threads_, &pool_.barrier()};
+      for (int b = 0; b < batch; ++b) {
+        image(run, x + b * pixels, out + size_t(b) * classes_);
+        if (macs && t == 0) std::copy(ws->macs.begin(), ws->macs.end(), macs + b * n_ops);
+      }
+    });
+    return give(std::move(ws));
+  }
+  std::vector<std::unique_ptr<Workspace>> own;  // each thread on images of its own
+  for (int t = 0; t < threads_; ++t) own.push_back(take());
+  std::atomic<int> next{0};
+  pool_.run([&](int t) {
+    const Run run{*own[t], 0, 1, nullptr};
+    for (int b; (b = next.fetch_add(1)) < batch;) {
+      image(run, x + b * pixels, out + size_t(b) * classes_);
+      if (macs) std::copy(own[t]->macs.begin(), own[t]->macs.end(), macs + b * n_ops);
+    }
+  });
+  for (auto &ws : own) give(std::move(ws));
+}
+
+void Engine::run_profiled(const float *x, int batch, float *out, double *seconds) {
+  const size_t pixels = size_t(channels()) * height() * width();
+  auto ws = take();
+  ws->profile = true;
+  std::fill(ws->seconds.begin(), ws->seconds.end(), 0.0);
+  pool_.run([&](int t) {
+    const Run run{*ws, t, threads_, &pool_.barrier()};
+    for (int b = 0; b < batch; ++b) image(run, x + b * pixels, out + size_t(b) * classes_);
+  });
+  ws->profile = false;
+  std::copy(ws->seconds.begin(), ws->seconds.end(), seconds);
+  give(std::move(ws));
+}
+
+void Engine::run_recorded(const float *x, float *out, std::vector<std::vector<int32_t>> &chosen) {
+  auto ws = take();
+  ws->record = true;
+  pool_.run([&](int t) { image(Run{*ws, t, threads_, &pool_.barrier()}, x, out); });
+  ws->record = false;
+  chosen = ws->chosen;
+  give(std::move(ws));
+}
+
+void Engine::image(const Run &run, const float *x, float *out) const {
+  load(run, x);
+  run.wait();
+  for (size_t i = 0; i < ops_.size(); ++i) {
+    const int op = static_cast<int>(i), j = ops_[i].index;
+    switch (ops_[i].kind) {
+      case Op::kConv: conv(run, convs_[j], op); break;
+      case Op::kPool: pool(run, pools_[j], op); break;
+      case Op::kMean: mean(run, means_[j], op); break;
+      case Op::kAdd: add(run, adds_[j], op); break;
+      case Op::kSe: se(run, ses_[j], op); break;
+      case Op::kLinear: linear(run, linears_[j], op, out); break;
+    }
+    run.wait();
+  }
+}
+
+void Engine::load(const Run &run, const float *x) const {
+  const Layout &l = layout(input_);
+  const int n = values_[input_].channels;
+  if (run.t == 0) {
+    Active &a = run.ws.active[input_];
+    for (int c = 0; c < n; ++c) a.list[c] = c, a.on[c] = 1;
+    a.n = n;
+  }
+  const Share mine = share(l.height, run.t, run.n);
+  for (int c = 0; c < n; ++c) {
+    float *to = plane(run.ws, input_, c), *s = sum(run.ws, input_, c, run.t);
+    std::fill(s, s + kSumLanes, 0.0f);
+    for (int y = mine.begin; y < mine.end; ++y) {
+      const float *row = x + (size_t(c) * l.height + y) * l.width;
+      float *at = to + y * l.pitch;
+      std::memcpy(at, row, sizeof(float) * l.width);
+      if (values_[input_].pooled) {
+        float lanes[kSumLanes] = {};
+        int i = 0;
+        for (; i + kSumLanes <= l.width; i += kSumLanes)
+          for (int j = 0; j < kSumLanes; ++j) lanes[j] += row[i + j];
+        for (; i < l.width; ++i) lanes[0] += row[i];
+        for (int j = 0; j < kSumLanes; ++j) s[j] += lanes[j];
+      }
+    }
+  }
+}
+
+void Engine::pooled(const Run &run, int value, float *p) const {
+  const Active &a = run.ws.active[value];
+  const Layout &l = layout(value);
+  const float area = 1.0f / (float(l.height) * l.width);
+  for (int i = 0; i < a.n; ++i) {
+    float lanes[kSumLanes] = {};
+    for (int t = 0; t < run.n; ++t) {
+      const float *s = sum(run.ws, value, a.list[i], t);
+      for (int j = 0; j < kSumLanes; ++j) lanes[j] += s[j];
+    }
+    for (int half = kSumLanes / 2; half; half /= 2)
+      for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+    p[i] = lanes[0] * area;
+  }
+}
+
+void Engine::copy_active(Workspace &ws, int from, int to) const {
+  if (from == to) return;
+  const Active &a = ws.active[from];
+  Active &b = ws.active[to];
+  b.n = a.n;
+  std::copy(a.list.begin(), a.list.begin() + a.n, b.list.begin());
+  std::copy(a.on.begin(), a.on.end(), b.on.begin());
+}
+
+namespace {
+
+struct Watch {  // seconds of thread 0, where they are asked for
+  double *into;
+  Clock::time_point last;
+  Watch(const Run &run, int op) : into(run.ws.profile && run.t == 0 ? &run.ws.seconds[size_t(op) * kParts] : nullptr) {
+    if (into) last = Clock::now();
+  }
+  void lap(Part part) {
+    if (!into) return;
+    const auto now = Clock::now();
+    into[part] += std::chrono::duration<double>(now - last).count();
+    last = now;
+  }
+};
+
+}  // namespace
+
+void Engine::conv(const Run &run, const Conv &c, int op) const {
+  Watch watch(run, op);
+  if (c.rows == Rows::kDynamic) {
+    predict(run, c);
+    run.wait();
+    watch.lap(kPredictor);
+  }
+  if (run.t == 0) choose(run, c, op);
+  if (c.staged) {
+    stage(run, c);
+  }
+  run.wait();
+  watch.lap(kSelect);
+  tiles(run, c);
+  watch.lap(kConvolve);
+  finish(run, c);
+  watch.lap(kRest);
+}
+
+void Engine::predict(const Run &run, const Conv &c) const {
+  const Gate &g = c.gate;
+  Workspace &ws = run.ws;
+  const Active &a = ws.active[c.x];
+  float *p = ws.p.data() + size_t(run.t) * round_up(widest_, kRound);
+  pooled(run, c.x, p);
+  const float *rows[64];
+  auto product = [&](float *h, Share mine, int n, const float *w, const float *p, const int32_t *list, int m) {
+    for (int i = 0; i < m; i += 64) {
+      const int count = std::min(64, m - i);
+      for (int j = 0; j < count; ++j) rows[j] = w + size_t(list ? list[i + j] : i + j) * round_up(n, kRound) + mine.begin;
+      table_.axpy(h + mine.begin, round_up(mine.size(), kRound), rows, p + i, count);
+    }
+  };
+  const int n = static_cast<int>(g.dynamic.size());
+  if (g.rank) {
+    const Share r = share_lines(g.rank, run.t, run.n);
+    std::fill(ws.r.data() + r.begin, ws.r.data() + r.end, 0.0f);
+    product(ws.r.data(), r, g.rank, g.reduce.data(), p, a.list.data(), a.n);
+    run.wait();
+  }
+  const Share mine = share_lines(n, run.t, run.n);
+  std::copy(g.bias.data() + mine.begin, g.bias.data() + mine.end, ws.h.data() + mine.begin);
+  if (g.rank) product(ws.h.data(), mine, n, g.weight.data(), ws.r.data(), nullptr, g.rank);
+  else product(ws.h.data(), mine, n, g.weight.data(), p, a.list.data(), a.n);
+}
+
+// One thread: the winners, their scales, the steps of the product, and what all this costs.
+void Engine::choose(const Run &run, const Conv &c, int op) const {
+  Workspace &ws = run.ws;
+  const Active &x = ws.active[c.x];
+  Active &y = ws.active[c.y];
+  int32_t *rows = ws.rows.data();
+  int n = 0;
+  int64_t extra = 0;  // MACs of predictor and scaling
+  if (c.rows == Rows::kAll) {
+    for (int k = 0; k < c.out; ++k) rows[k] = k;
+    n = c.out;
+  } else if (c.rows == Rows::kFixed) {
+    std::copy(c.fixed.begin(), c.fixed.end(), rows);
+    n = static_cast<int>(c.fixed.size());
+  } else if (c.rows == Rows::kFollow) {
+    std::copy(x.list.begin(), x.list.begin() + x.n, rows);
+    n = x.n;
+  } else {
+    const Gate &g = c.gate;
+    float *q = ws.q.data();
+    const int predicted = static_cast<int>(g.dynamic.size());
+    int32_t *keys = ws.keys.data();  // positive floats are ordered as their bits are
+    const float *h = ws.h.data();
+    if (predicted < c.out) {
+      std::copy(g.constant.data(), g.constant.data() + c.out, q);
+      for (int j = 0; j < predicted; ++j) q[g.dynamic[j]] = ws.h[j];
+      h = q;
+    }
+    table_.score(keys, q, h, g.importance.data(), g.ceiling, c.out);
+    int32_t low = 1;
+    int ties = c.out;  // winners that equal `low` and may still be taken
+    if (table_.count_ge(keys, c.out, low) > g.k) {
+      int32_t high = 0x7f800001;
+      int count = -1, above = 0;  // keys >= low, keys >= high
+      while (high - low > 1 && count != g.k) {
+        const int32_t middle = low + (high - low) / 2;
+        const int m = table_.count_ge(keys, c.out, middle);
+        if (m >= g.k) low = middle, count = m;
+        else high = middle, above = m;
+      }
+      if (count != g.k) ties = g.k - above;
+    }
+    if (ties == c.out) {
+      for (int k = 0; k < c.out; ++k) {  // no branch: it could not be foreseen
+        rows[n] = k;
+        n += keys[k] >= low;
+      }
+    } else {
+      for (int k = 0; k < c.out; ++k) {
+        const bool wins = keys[k] > low || (keys[k] == low && ties-- > 0);
+        rows[n] = k;
+        n += wins;
+      }
+    }
+    for (int i = 0; i < n; ++i) {
+      const int k = rows[i];
+      const float pi = g.scaled[k] ? q[k] * g.sign[k] : 1.0f;
+      ws.scale[i] = pi;
+      ws.shift[i] = c.bias[k] * pi + c.beta[k];
+    }
+    extra = int64_t(g.rank ? int64_t(x.n) * g.rank + int64_t(g.rank) * predicted : int64_t(x.n) * predicted) + predicted;
+    int64_t scaled = 0;
+    for (int i = 0; i < n; ++i) scaled += g.scaled[rows[i]];
+    extra += scaled * layout(c.y).height * layout(c.y).width;
+  }
+  ws.n_rows = n;
+  if (c.rows != Rows::kDynamic)
+    for (int i = 0; i < n; ++i) ws.scale[i] = 1.0f, ws.shift[i] = c.bias[rows[i]];
+
+  // Steps, sorted by channel and so by group.
+  const int per_in = c.in / c.groups, per_out = c.out / c.groups;
+  int32_t *xo = ws.xoff.data(), *wo = ws.woff.data();
+  const int plane_floats = c.staged ? c.stage.plane * static_cast<int>(c.phases.size()) : layout(c.x).plane;
+  int s = 0, i = 0, r = 0;
+  int64_t pairs = 0;
+  for (int group = 0; group < c.groups; ++group) {
+    ws.group_steps[group] = s;
+    ws.group_rows[group] = r;
+    for (; i < x.n && x.list[i] < (group + 1) * per_in; ++i) {
+      const int base = (c.staged ? i : x.list[i]) * plane_floats, w = (x.list[i] - group * per_in) * c.taps;
+      for (int t = 0; t < c.taps; ++t, ++s) {
+        xo[s] = base + c.tap[t].offset + (c.staged ? c.tap[t].phase * c.stage.plane : 0);
+        wo[s] = w + t;
+      }
+    }
+    while (r < n && rows[r] < (group + 1) * per_out) ++r;
+    pairs += int64_t(s - ws.group_steps[group]) * (r - ws.group_rows[group]);
+  }
+  ws.group_steps[c.groups] = s;
+  ws.group_rows[c.groups] = r;
+  ws.macs[op] = pairs * layout(c.y).height * layout(c.y).width + extra;
+  if (ws.record) ws.chosen[op].assign(rows, rows + n);
+
+  // Active afterwards: the winners, and what the residual branch brings.
+  ws.n_only = 0;
+  if (c.res < 0) {
+    std::fill(y.on.begin(), y.on.end(), 0);
+    std::copy(rows, rows + n, y.list.begin());
+    for (int i = 0; i < n; ++i) y.on[rows[i]] = 1;
+    y.n = n;
+    return;
+  }
+  const Active &res = ws.active[c.res];
+  std::copy(res.on.begin(), res.on.end(), y.on.begin());
+  for (int i = 0; i < n; ++i) y.on[rows[i]] = 2;
+  y.n = 0;
+  for (int k = 0; k < c.out; ++k) {
+    y.list[y.n] = ws.only[ws.n_only] = k;
+    y.n += y.on[k] != 0;
+    ws.n_only += y.on[k] == 1;
+  }
+  for (int k = 0; k < c.out; ++k) y.on[k] = y.on[k] != 0;
+}
+
+void Engine::stage(const Run &run, const Conv &c) const {
+  const Layout &l = layout(c.x), &s = c.stage;
+  const Active &x = run.ws.active[c.x];
+  const int phases = static_cast<int>(c.phases.size());
+  const Share mine = share(x.n * phases, run.t, run.n);
+  for (int j = mine.begin; j < mine.end; ++j) {
+    const int i = j / phases, ph = c.phases[j % phases], dy = ph / c.stride, dx = ph % c.stride;
+    const float *from = plane(run.ws, c.x, x.list[i]);
+    float *to = run.ws.staging.data() + size_t(j) * s.plane;
+    std::fill(to, to + s.lead, 0.0f);
+    const int height = std::min(s.height, (l.height - dy + c.stride - 1) / c.stride);
+    const int width = std::max(0, std::min(s.width, (l.width - dx + c.stride - 1) / c.stride));
+    table_.stage(to + s.lead, s.pitch, from + dy * l.pitch + dx, l.pitch * c.stride, height, width, c.stride);
+    std::fill(to + s.lead + height * s.pitch, to + s.plane, 0.0f);
+  }
+}
+
+void Engine::tiles(const Run &run, const Conv &c) const {
+  Workspace &ws = run.ws;
+  const Layout &out = layout(c.y);
+  const bool pool = values_[c.y].pooled;
+  const int lanes = table_.lanes;
+  if (pool)
+    for (int i = 0; i < ws.n_rows; ++i) {
+      float *s = sum(ws, c.y, ws.rows[i], run.t);
+      std::fill(s, s + kSumLanes, 0.0f);
+    }
+  // Which of the threads does what: pixels, rows or groups are cut, whatever leaves the longest share shortest.
+  const int vecs = ((out.height - 1) * out.pitch + out.width + lanes - 1) / lanes;
+  Share px{0, vecs}, groups{0, c.groups};
+  bool by_rows = false;
+  if (run.n > 1) {
+    if (c.groups >= 2 * run.n) {
+      groups = share(c.groups, run.t, run.n);
+    } else {
+      const int rows = std::max(1, ws.n_rows / c.groups);
+      const float cut_px = best_split(table_, rows, (vecs + run.n - 1) / run.n).cost;
+      const float cut_rows = best_split(table_, (rows + run.n - 1) / run.n, vecs).cost;
+      by_rows = cut_rows <= cut_px;
+      if (!by_rows) px = share(vecs, run.t, run.n);
+    }
+  }
+  if (px.size() == 0) return;
+  const float *base = c.staged ? ws.staging.data() + c.stage.lead : plane(ws, c.x, 0);
+  const uint32_t *mask = buffers_[values_[c.y].buffer].mask.data();
+  const size_t row_floats = size_t(c.in / c.groups) * c.taps;
+  const Active *res = c.res >= 0 ? &ws.active[c.res] : nullptr;
+
+  Workspace::Pointers &ptr = ws.pointers[run.t];
+  for (int i = 0; i < ws.n_rows; ++i) {
+    const int k = ws.rows[i];
+    ptr.w[i] = c.weight.data() + size_t(k) * row_floats;
+    ptr.out[i] = plane(ws, c.y, k);
+    if (res) ptr.res[i] = res->on[k] ? plane(ws, c.res, k) : ws.zeros.data();
+    if (pool) ptr.sum[i] = sum(ws, c.y, k, run.t);
+  }
+  for (int i = 0; i < kMaxRows && ws.n_rows; ++i) ptr.w[ws.n_rows + i] = ptr.w[ws.n_rows - 1];
+
+  Tile tile{};
+  tile.mask = mask;
+  tile.act = c.act;
+  const float *fetch[8];
+  tile.fetch = fetch;
+  for (int g = groups.begin; g < groups.end; ++g) {
+    Share rows{ws.group_rows[g], ws.group_rows[g + 1]};
+    if (by_rows) {
+      const Share part = share(rows.size(), run.t, run.n);
+      rows = {rows.begin + part.begin, rows.begin + part.end};
+    }
+    if (rows.size() == 0) continue;
+    const int first = ws.group_steps[g];
+    tile.steps = ws.group_steps[g + 1] - first;
+    tile.xoff = ws.xoff.data() + first;
+    tile.woff = ws.woff.data() + first;
+    const Split split = best_split(table_, rows.size(), px.size());
+    const int row_parts = (rows.size() + split.rows - 1) / split.rows;
+    const int px_parts = (px.size() + split.vecs - 1) / split.vecs;
+    // The operand that is read again and again should be the one that stays in the cache.
+    const int64_t weights = int64_t(rows.size()) * tile.steps, pixels = int64_t(tile.steps) / c.taps * px.size() * lanes;
+    const bool rows_outside = weights > pixels;
+    auto block = [&](Share r, Share v) {
+      const int at = (px.begin + v.begin) * lanes, row = rows.begin + r.begin;
+      const bool weights_new = v.begin == 0;  // the first pixels of a row meet its weights in memory far away
+      if (weights_new)
+        for (int i = 0, j = 0; i < 8; ++i, j = j + 1 < r.size() ? j + 1 : 0) fetch[i] = ptr.w[row + r.size() + j];
+      tile.at = at;
+      tile.x = base + at;
+      tile.w = ptr.w.data() + row;
+      tile.out = ptr.out.data() + row;
+      tile.res = res ? ptr.res.data() + row : nullptr;
+      tile.sum = pool ? ptr.sum.data() + row : nullptr;
+      tile.scale = ws.scale.data() + row;
+      tile.shift = ws.shift.data() + row;
+      const int mode = c.taps == 1 ? (weights_new ? kFetchBoth : kFetchPixels) : weights_new ? kFetchWeights : kPlain;
+      table_.tile[mode][r.size()][v.size()](tile);
+    };
+    const Steps row_steps(rows.size(), row_parts), px_steps(px.size(), px_parts);
+    if (rows_outside) {
+      for (int i = 0; i < row_parts; ++i)
+        for (int j = 0; j < px_parts; ++j) block(row_steps[i], px_steps[j]);
+    } else {
+      for (int j = 0; j < px_parts; ++j)
+        for (int i = 0; i < row_parts; ++i) block(row_steps[i], px_steps[j]);
+    }
+  }
+}
+
+// Channels that only the residual branch brings.
+void Engine::finish(const Run &run, const Conv &c) const {
+  if (c.res < 0) return;
+  Workspace &ws = run.ws;
+  const bool in_place = values_[c.res].buffer == values_[c.y].buffer;
+  const bool nothing = in_place && (c.act == kNone || (c.act == kRelu && c.res_nonnegative));
+  if (nothing) return;
+  const bool pool = values_[c.y].pooled;
+  const uint32_t *mask = buffers_[values_[c.y].buffer].mask.data();
+  const Share mine = share(ws.n_only, run.t, run.n);
+  for (int i = 0; i < ws.n_only; ++i) {
+    const int k = ws.only[i];
+    float *own = sum(ws, c.y, k, run.t);
+    if (pool) std::fill(own, own + kSumLanes, 0.0f);
+    if (i >= mine.begin && i < mine.end)
+      table_.eltwise(plane(ws, c.y, k), plane(ws, c.res, k), 1.0f, nullptr, mask, layout(c.y).pixels, c.act,
+                     pool ? own : nullptr);
+  }
+}
+
+void Engine::pool(const Run &run, const PoolOp &p, int op) const {
+  Watch watch(run, op);
+  Workspace &ws = run.ws;
+  if (run.t == 0) copy_active(ws, p.x, p.y), ws.macs[op] = 0;
+  const Active &a = ws.active[p.x];
+  const Layout &in = layout(p.x), &out = layout(p.y);
+  const uint32_t *mask = buffers_[values_[p.y].buffer].mask.data();
+  const bool sums = values_[p.y].pooled;
+  const Share mine = share(a.n, run.t, run.n);
+  if (sums)
+    for (int i = 0; i < a.n; ++i) {
+      float *s = sum(ws, p.y, a.list[i], run.t);
+      std::fill(s, s + kSumLanes, 0.0f);
+    }
+  constexpr int kWide = 1024;
+  // The outputs [first, last) whose window's element d lies inside the map.
+  auto inside = [&](int d, int n_in, int n_out) {
+    const int q = d - p.pad;
+    const int first = q >= 0 ? 0 : (-q + p.stride - 1) / p.stride;
+    const int last = n_in - 1 - q < 0 ? 0 : std::min(n_out, (n_in - 1 - q) / p.stride + 1);
+    return Share{std::min(first, n_out), std::max(last, std::min(first, n_out))};
+  };
+  for (int i = mine.begin; i < mine.end; ++i) {
+    const float *from = plane(ws, p.x, a.list[i]);
+    float *to = plane(ws, p.y, a.list[i]);
+    for (int y = 0; y < out.height; ++y) {
+      float *row = to + y * out.pitch;
+      const int first = y * p.stride - p.pad;
+      if (p.max && p.kernel == 3 && in.width <= kWide) {  // rows first, then columns
+        const float *r[3];
+        for (int d = 0; d < 3; ++d) r[d] = from + std::min(std::max(first + d, 0), in.height - 1) * in.pitch;
+        float line[kWide];
+        table_.max3(line, r[0], r[1], r[2], in.width);
+        std::fill(row, row + out.width, -INFINITY);
+        for (int dx = 0; dx < 3; ++dx) {
+          const Share cols = inside(dx, in.width, out.width);
+          table_.stride_max(row + cols.begin, line + cols.begin * p.stride + dx - p.pad, cols.size(), p.stride);
+        }
+        continue;
+      }
+      std::fill(row, row + out.width, p.max ? -INFINITY : 0.0f);
+      const int y0 = y * p.stride - p.pad;
+      for (int dy = std::max(0, -y0); dy < p.kernel && y0 + dy < in.height; ++dy)
+        for (int dx = 0; dx < p.kernel; ++dx) {
+          const Share cols = inside(dx, in.width, out.width);
+          const float *src = from + (y0 + dy) * in.pitch + cols.begin * p.stride + dx - p.pad;
+          (p.max ? table_.stride_max : table_.stride_add)(row + cols.begin, src, cols.size(), p.stride);
+        }
+      if (!p.max) {
+        auto count = [&](int at, int n) {  // torch counts padding, but nothing beyond it
+          const int begin = at * p.stride - p.pad, end = std::min(begin + p.kernel, n + p.pad);
+          return p.include_pad ? end - begin : std::min(end, n) - std::max(begin, 0);
+        };
+        const int rows = count(y, in.height);
+        for (int x = 0; x < out.width; ++x) row[x] /= float(rows * count(x, in.width));
+      }
+    }
+    if (sums) table_.eltwise(to, to, 1.0f, nullptr, mask, out.pixels, kNone, sum(ws, p.y, a.list[i], run.t));
+  }
+  watch.lap(kRest);
+}
+
+void Engine::mean(const Run &run, const MeanOp &m, int op) const {
+  Watch watch(run, op);
+  Workspace &ws = run.ws;
+  const Active &a = ws.active[m.x];
+  for (int i = 0; i < a.n; ++i) {
+    float *s = sum(ws, m.y, a.list[i], run.t);
+    std::fill(s, s + kSumLanes, 0.0f);
+  }
+  if (run.t == 0) {
+    pooled(run, m.x, ws.p.data());
+    copy_active(ws, m.x, m.y);
+    for (int i = 0; i < a.n; ++i) *plane(ws, m.y, a.list[i]) = *sum(ws, m.y, a.list[i], 0) = ws.p[i];
+    ws.macs[op] = 0;
+  }
+  watch.lap(kRest);
+}
+
+void Engine::add(const Run &run, const AddOp &a, int op) const {
+  Watch watch(run, op);
+  Workspace &ws = run.ws;
+  const Active &x = ws.active[a.a];
+  if (run.t == 0) {
+    ws.macs[op] = 0;
+    int n = 0;  // the union, in a list of its own: y may be a or b
+    for (int k = 0; k < values_[a.y].channels; ++k) {
+      ws.rows[n] = k;
+      n += x.on[k] | (a.b >= 0 ? ws.active[a.b].on[k] : 0);
+    }
+    ws.n_rows = n;
+  }
+  run.wait();
+  const Layout &l = layout(a.y);
+  const uint32_t *mask = buffers_[values_[a.y].buffer].mask.data();
+  const Share mine = share(ws.n_rows, run.t, run.n);
+  const bool sums = values_[a.y].pooled;
+  for (int i = 0; i < ws.n_rows; ++i) {
+    const int k = ws.rows[i];
+    float *s = sum(ws, a.y, k, run.t);
+    if (sums) std::fill(s, s + kSumLanes, 0.0f);
+    if (i < mine.begin || i >= mine.end) continue;
+    const bool in_a = x.on[k], in_b = a.b >= 0 && ws.active[a.b].on[k];
+    const float *first = plane(ws, in_a ? a.a : a.b, k);
+    table_.eltwise(plane(ws, a.y, k), first, 1.0f, in_a && in_b ? plane(ws, a.b, k) : nullptr, mask, l.pixels, a.act,
+                   sums ? s : nullptr);
+  }
+  run.wait();
+  if (run.t == 0) {
+    Active &y = ws.active[a.y];
+    std::fill(y.on.begin(), y.on.end(), 0);
+    y.n = ws.n_rows;
+    for (int i = 0; i < y.n; ++i) y.list[i] = ws.rows[i], y.on[ws.rows[i]] = 1;
+  }
+  watch.lap(kRest);
+}
+
+void Engine::se(const Run &run, const SqueezeExcite &s, int op) const {
+  Watch watch(run, op);
+  Workspace &ws = run.ws;
+  const Active &a = ws.active[s.x];
+  if (run.t == 0) {
+    float *p = ws.p.data(), *h = ws.h.data(), *q = ws.q.data();
+    pooled(run, s.x, p);
+    std::copy(s.bias1.data(), s.bias1.data() + s.hidden, h);
+    for (int i = 0; i < a.n; ++i) {
+      const float *row = s.weight1.data() + size_t(a.list[i]) * s.hidden;
+      table_.axpy(h, s.hidden, &row, p + i, 1);
+    }
+    table_.activate(h, s.hidden, s.act);
+    std::copy(s.bias2.data(), s.bias2.data() + s.in, q);
+    for (int i = 0; i < s.hidden; ++i) {
+      const float *row = s.weight2.data() + size_t(i) * s.in;
+      table_.axpy(q, s.in, &row, h + i, 1);
+    }
+    table_.activate(q, s.in, s.gate);
+    ws.macs[op] = int64_t(a.n) * s.hidden + int64_t(s.hidden) * s.in;
+  }
+  run.wait();
+  const Layout &l = layout(s.y);
+  const uint32_t *mask = buffers_[values_[s.y].buffer].mask.data();
+  const Share mine = share(a.n, run.t, run.n);
+  for (int i = 0; i < a.n; ++i) {
+    const int k = a.list[i];
+    float *own = sum(ws, s.y, k, run.t);
+    std::fill(own, own + kSumLanes, 0.0f);
+    if (i >= mine.begin && i < mine.end)
+      table_.eltwise(plane(ws, s.y, k), plane(ws, s.x, k), ws.q[k], nullptr, mask, l.pixels, kNone, own);
+  }
+  run.wait();
+  if (run.t == 0) copy_active(ws, s.x, s.y);
+  watch.lap(kRest);
+}
+
+void Engine::linear(const Run &run, const Linear &l, int op, float *out) const {
+  Watch watch(run, op);
+  Workspace &ws = run.ws;
+  const Active &a = ws.active[l.x];
+  float *p = ws.p.data() + size_t(run.t) * round_up(widest_, kRound);
+  pooled(run, l.x, p);
+  const Share mine = share_lines(l.out, run.t, run.n);
+  const int pitch = round_up(l.out, kRound);
+  std::copy(l.bias.data() + mine.begin, l.bias.data() + mine.end, out + mine.begin);
+  const float *rows[64];
+  for (int i = 0; i < a.n; i += 64) {
+    const int count = std::min(64, a.n - i);
+    for (int j = 0; j < count; ++j) rows[j] = l.weight.data() + size_t(a.list[i + j]) * pitch + mine.begin;
+    table_.axpy(out + mine.begin, mine.size(), rows, p + i, count);
+  }
+  if (run.t == 0) ws.macs[op] = int64_t(a.n) * l.out;
+  watch.lap(kConvolve);
+}
+
+}  // namespace afds

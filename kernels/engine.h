@@ -1,0 +1,272 @@
+// The engine: runs a plan image by image. See docs/runtime.md for the figure.
+//
+//   buffer   memory for planes of one layout; a plane is one channel with zero padding around and between its rows:
+//
+//            |-- lead --|row 0|0|row 1|0| ... |row H-1|0|-- tail --|      pitch = W + padding
+//
+//            so that a tap of a convolution is the same flat run of pixels at another offset
+//   value    one feature map in a buffer; values may share one in place (a residual stream)
+//   active   the channels of a value that are not zero, as a sorted list: all others hold no data and are not read
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "table.h"
+#include "threads.h"
+
+namespace afds {
+
+class Floats {  // aligned to a cache line, zero at the start
+ public:
+  Floats() = default;
+  explicit Floats(size_t n);
+  Floats(float *borrowed, size_t n) : data_(borrowed), size_(n), owned_(false) {}
+  Floats(Floats &&other) noexcept : data_(other.data_), size_(other.size_), owned_(other.owned_) {
+    other.data_ = nullptr, other.size_ = 0;
+  }
+  Floats &operator=(Floats &&other) noexcept;
+  ~Floats();
+  float *data() { return data_; }
+  const float *data() const { return data_; }
+  size_t size() const { return size_; }
+  float &operator[](size_t i) { return data_[i]; }
+  float operator[](size_t i) const { return data_[i]; }
+
+ private:
+  float *data_ = nullptr;
+  size_t size_ = 0;
+  bool owned_ = true;
+};
+
+class Arena {  // memory in large pages: the weights of a network are far more than the TLB covers in small ones
+ public:
+  ~Arena();
+  Floats keep(Floats from);  // a copy that lives as long as the arena
+  float *take(size_t n);     // zero at the start
+
+ private:
+  std::vector<void *> chunks_;
+  char *at_ = nullptr;
+  size_t left_ = 0;
+};
+
+struct Layout {
+  int height = 0, width = 0, pitch = 0, lead = 0, plane = 0;  // in floats
+  int pixels = 0;                                             // flat pixels from the first to the last, rounded up
+  bool operator==(const Layout &o) const {
+    return height == o.height && width == o.width && pitch == o.pitch && lead == o.lead && plane == o.plane;
+  }
+};
+
+struct Buffer {
+  Layout layout;
+  int channels = 0;
+  std::vector<uint32_t> mask;  // [layout.pixels]
+};
+
+struct Value {
+  int buffer = 0, channels = 0;
+  bool pooled = false;  // its writers keep sums per channel
+};
+
+enum class Rows { kAll, kFixed, kDynamic, kFollow };
+
+struct Gate {  // h = W p + b over the dynamic channels, low-rank where reduce is there
+  Floats weight;  // [in or rank][dynamic]
+  Floats bias;    // [dynamic]
+  Floats reduce;  // [in][rank] or empty
+  int rank = 0;
+  std::vector<int32_t> dynamic;  // channels that are predicted
+  Floats constant;               // [K] saliency of the static channels, 0 for pruned and dynamic ones
+  Floats importance, sign;       // [K]
+  std::vector<uint8_t> scaled;   // [K] whether pi is multiplied in at run time (it is not folded)
+  float ceiling = 0;
+  int k = 0;
+};
+
+struct Tap {
+  int phase, offset;
+};
+
+struct Conv {
+  std::string name;
+  int x = 0, y = 0, res = -1;  // values
+  int in = 0, out = 0, groups = 1, taps = 1, act = 0;
+  bool res_nonnegative = false;
+  Floats weight;  // [out][in / groups * taps], batch norm folded
+  Floats bias;    // [out] folded, before pi
+  Floats beta;    // [out] after pi
+  Rows rows = Rows::kAll;
+  std::vector<int32_t> fixed;
+  Gate gate;
+  // Input that cannot be read in place (strides, other sizes) is copied once per active channel, by phase.
+  bool staged = false;
+  int stride = 1;
+  std::vector<Tap> tap;
+  std::vector<int> phases;  // [phase] -> dy * stride + dx
+  Layout stage;             // height, width: rows and columns that are copied
+};
+
+struct PoolOp {
+  std::string name;
+  int x = 0, y = 0, kernel = 2, stride = 2, pad = 0;
+  bool max = true, include_pad = true;
+};
+
+struct MeanOp {  // y, one pixel, = mean of x
+  std::string name;
+  int x = 0, y = 0;
+};
+
+struct AddOp {  // y = act(a + b); b < 0: y = act(a)
+  std::string name;
+  int a = 0, b = -1, y = 0, act = 0;
+};
+
+struct SqueezeExcite {  // y = x * gate(fc2(act(fc1(mean x)))), in place
+  std::string name;
+  int x = 0, y = 0, in = 0, hidden = 0, act = 0, gate = 0;
+  Floats weight1, bias1, weight2, bias2;  // [in][hidden], [hidden][in]
+};
+
+struct Linear {  // of the pooled value
+  std::string name;
+  int x = 0, in = 0, out = 0;
+  Floats weight, bias;  // [in][out]
+};
+
+struct Op {
+  enum Kind { kConv, kPool, kMean, kAdd, kSe, kLinear } kind;
+  int index;
+};
+
+struct Active {
+  std::vector<int32_t> list;
+  std::vector<uint8_t> on;
+  int n = 0;
+};
+
+enum Part { kPredictor, kSelect, kPack, kConvolve, kRest, kParts };
+
+struct Workspace {
+  Arena arena;
+  std::vector<Floats> memory;  // by buffer
+  std::vector<Floats> sums;    // by buffer: [threads][channels][kSumLanes]
+  std::vector<Active> active;  // by value
+  Floats staging, p, r, h, q, scale, shift, zeros;
+  std::vector<int32_t> keys, rows, xoff, woff, group_steps, group_rows, only;
+  struct Pointers {  // of one thread, by row
+    std::vector<const float *> w, res;
+    std::vector<float *> out, sum;
+  };
+  std::vector<Pointers> pointers;
+  int n_rows = 0, n_only = 0;
+  std::vector<int64_t> macs;                // by op, of the latest image
+  std::vector<double> seconds;              // by op and part, summed over images
+  std::vector<std::vector<int32_t>> chosen; // by op: the winners of the latest image, where they are recorded
+  bool profile = false, record = false;
+};
+
+struct Run {  // one thread's view of one image
+  Workspace &ws;
+  int t, n;
+  Barrier *barrier;
+  void wait() const {
+    if (n > 1) barrier->wait();
+  }
+};
+
+class Engine {
+ public:
+  Engine(int threads, const std::string &isa);
+
+  int add_buffer(const Layout &layout, int channels);
+  int add_value(int buffer, int channels, bool pooled);
+  void set_input(int value) { input_ = check_value(value); }
+  void add_conv(Conv conv, int kh, int kw, int stride, int pad_h, int pad_w, int dilation);
+  void add_pool(PoolOp op);
+  void add_mean(MeanOp op);
+  void add_add(AddOp op);
+  void add_se(SqueezeExcite op);
+  void add_linear(Linear op);
+
+  // x: (batch, channels, height, width), out: (batch, classes). Safe from several threads at once.
+  void run(const float *x, int batch, float *out);
+  // As run, with (batch, ops) MACs that were executed.
+  void run_counted(const float *x, int batch, float *out, int64_t *macs);
+  // As run, with seconds by op and part, summed over the images.
+  void run_profiled(const float *x, int batch, float *out, double *seconds);
+  // One image, and for each op the channels that it computed.
+  void run_recorded(const float *x, float *out, std::vector<std::vector<int32_t>> &chosen);
+
+  const std::string &op_name(int i) const { return names_[i]; }
+  int ops() const { return static_cast<int>(ops_.size()); }
+  int classes() const { return classes_; }
+  int channels() const;
+  int height() const;
+  int width() const;
+  int threads() const { return threads_; }
+  const char *isa() const { return table_.name; }
+  size_t workspace_bytes() const;
+
+ private:
+  int check_value(int v) const;
+  const Layout &layout(int value) const { return buffers_[values_[value].buffer].layout; }
+  float *plane(Workspace &ws, int value, int c) const {
+    const Buffer &b = buffers_[values_[value].buffer];
+    return ws.memory[values_[value].buffer].data() + size_t(c) * b.layout.plane + b.layout.lead;
+  }
+  float *sum(Workspace &ws, int value, int c, int t) const {
+    const int b = values_[value].buffer;
+    return ws.sums[b].data() + (size_t(t) * buffers_[b].channels + c) * kSumLanes;
+  }
+  std::unique_ptr<Workspace> make_workspace() const;
+  std::unique_ptr<Workspace> take();
+  void give(std::unique_ptr<Workspace> ws);
+
+  void image(const Run &run, const float *x, float *out) const;
+  void load(const Run &run, const float *x) const;
+  void conv(const Run &run, const Conv &c, int op) const;
+  void predict(const Run &run, const Conv &c) const;
+  void choose(const Run &run, const Conv &c, int op) const;
+  void stage(const Run &run, const Conv &c) const;
+  void tiles(const Run &run, const Conv &c) const;
+  void finish(const Run &run, const Conv &c) const;
+  void pool(const Run &run, const PoolOp &p, int op) const;
+  void mean(const Run &run, const MeanOp &m, int op) const;
+  void add(const Run &run, const AddOp &a, int op) const;
+  void se(const Run &run, const SqueezeExcite &s, int op) const;
+  void linear(const Run &run, const Linear &l, int op, float *out) const;
+  void pooled(const Run &run, int value, float *p) const;
+  void copy_active(Workspace &ws, int from, int to) const;
+
+  void pad_rows(Floats &w, int rows, int columns);
+
+  const Table &table_;
+  const int threads_;
+  Arena arena_;
+  Pool pool_;
+  std::vector<Buffer> buffers_;
+  std::vector<Value> values_;
+  std::vector<Op> ops_;
+  std::vector<std::string> names_;
+  std::vector<Conv> convs_;
+  std::vector<PoolOp> pools_;
+  std::vector<MeanOp> means_;
+  std::vector<AddOp> adds_;
+  std::vector<SqueezeExcite> ses_;
+  std::vector<Linear> linears_;
+  int input_ = -1, classes_ = 0;
+  size_t staging_ = 0;
+  int widest_ = 1, most_steps_ = 1, most_groups_ = 1, longest_ = kRound;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Workspace>> idle_;
+};
+
+const Table &choose_table(const std::string &isa);  // "auto", or a table's name
+std::vector<std::string> usable_tables();
+
+}  // namespace afds

@@ -1,0 +1,71 @@
+// What one instruction set offers: register tiles and the small vector loops around them.
+//
+// The same source (tile.inl) is compiled once per instruction set with its own flags; the table of function
+// pointers is chosen at run time. Files compiled with such flags include nothing but this header: an inline
+// function of the standard library, emitted with AVX-512 in it, could otherwise be the copy the linker keeps.
+#pragma once
+#include <cstdint>
+
+namespace afds {
+
+constexpr int kMaxRows = 12;  // output channels in a register tile
+constexpr int kMaxVecs = 8;   // vectors of pixels in a register tile
+constexpr int kSumLanes = 16; // pooled sums are kept as this many partial sums, whatever the vector's width
+constexpr int kAhead = 8;     // steps; a pointwise tile asks for its pixels this early, so xoff is longer by it
+enum Mode { kPlain, kFetchWeights, kFetchPixels, kFetchBoth, kModes };
+constexpr int kRound = 16;    // floats; planes are cut to whole 64-byte lines for every instruction set
+
+enum Act : int { kNone = 0, kRelu, kRelu6, kSilu, kHardswish, kSigmoid, kHardsigmoid };
+
+// out[r][i] = act(scale[r] * sum_s w[r][woff[s]] * x[i + xoff[s]] + shift[r] + res[r][i]) & mask[i]
+struct Tile {
+  const float *x;            // the block's first pixel in channel 0
+  const int32_t *xoff;       // [steps] floats from x: channel and tap
+  const int32_t *woff;       // [steps] floats from the row's start
+  int32_t steps;
+  const float *const *w;     // [rows]
+  const float *scale;        // [rows]
+  const float *shift;        // [rows]
+  int64_t at;                // the block's first pixel, for out, res and mask
+  float *const *out;         // [rows], pixel 0
+  const float *const *res;   // [rows] or null
+  const uint32_t *mask;      // all ones where a pixel is, zero on padding
+  float *const *sum;         // [rows] of kSumLanes running sums of what is stored, or null
+  const float *const *fetch; // [8] rows of weights that are read next, asked for ahead of time
+  int act;
+};
+
+using TileFn = void (*)(const Tile &);
+
+struct Table {
+  const char *name;
+  int lanes;
+  int accumulators;                                // registers that a tile may fill with sums
+  // Null where it would not fit the registers. By mode, which says what is asked for ahead of time.
+  TileFn tile[kModes][kMaxRows + 1][kMaxVecs + 1];
+  // h[0..n) += sum_i p[i] * rows[i][0..n)
+  void (*axpy)(float *h, int n, const float *const *rows, const float *p, int m);
+  // how many of keys[0..n) are >= t
+  int (*count_ge)(const int32_t *keys, int n, int32_t t);
+  // keys[i] = bits of max(q[i] * importance[i], 0), with q[i] = min(max(h[i], 0), ceiling)
+  void (*score)(int32_t *keys, float *q, const float *h, const float *importance, float ceiling, int n);
+  // dst[y][x] = src[y][x * stride] for x < width, zero from there to the next row; writes up to kRound floats more
+  void (*stage)(float *dst, int dst_pitch, const float *src, int src_pitch, int rows, int width, int stride);
+  // dst[x] = max of three rows
+  void (*max3)(float *dst, const float *a, const float *b, const float *c, int n);
+  // dst[x] = max(dst[x], src[x * stride]);  dst[x] += src[x * stride]
+  void (*stride_max)(float *dst, const float *src, int n, int stride);
+  void (*stride_add)(float *dst, const float *src, int n, int stride);
+  // out[i] = act(a[i] * scale + b[i]) & mask[i] for n pixels (a multiple of kRound); b may be null; sums as above
+  void (*eltwise)(float *out, const float *a, float scale, const float *b, const uint32_t *mask, int n, int act,
+                  float *sum);
+  void (*activate)(float *v, int n, int act);      // in place, any n
+};
+
+extern const Table kTableBase;
+#if defined(__x86_64__) || defined(_M_X64)
+extern const Table kTableAvx2;
+extern const Table kTableAvx512;
+#endif
+
+}  // namespace afds

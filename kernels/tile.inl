@@ -1,0 +1,342 @@
+// Register tiles, written once for every vector width. Included by isa_*.cpp, which set AFDS_NAME, AFDS_LANES and
+// AFDS_ACCUMULATORS and are compiled with the flags of their instruction set.
+//
+//   pixels are vector lanes, weights are broadcast scalars:
+//
+//        acc[r][v] += w[r][s] * x[s][v]        r: output channels   v: vectors of pixels   s: (input channel, tap)
+//
+// so that any set of output and of input channels costs the inner product nothing.
+#include "table.h"
+
+#if AFDS_LANES == 16
+#include <immintrin.h>
+#elif AFDS_LANES == 8
+#include <immintrin.h>
+#endif
+
+namespace afds {
+namespace {
+
+constexpr int L = AFDS_LANES;
+typedef float vf __attribute__((vector_size(L * 4)));
+typedef float vfu __attribute__((vector_size(L * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(L * 4)));
+typedef int32_t viu __attribute__((vector_size(L * 4), aligned(4), may_alias));
+
+inline __attribute__((always_inline)) vf load(const float *p) { return *reinterpret_cast<const vfu *>(p); }
+inline __attribute__((always_inline)) void store(float *p, vf v) { *reinterpret_cast<vfu *>(p) = v; }
+inline __attribute__((always_inline)) vf masked(vf v, const uint32_t *m) {
+  return reinterpret_cast<vf>(reinterpret_cast<vi>(v) & *reinterpret_cast<const viu *>(m));
+}
+
+#if AFDS_LANES == 16
+inline __attribute__((always_inline)) vf set1(float w) { return _mm512_set1_ps(w); }
+inline __attribute__((always_inline)) vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+inline __attribute__((always_inline)) vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
+#elif AFDS_LANES == 8
+inline __attribute__((always_inline)) vf set1(float w) { return _mm256_set1_ps(w); }
+inline __attribute__((always_inline)) vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+inline __attribute__((always_inline)) vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
+#else
+inline __attribute__((always_inline)) vf set1(float w) { return vf{w, w, w, w}; }
+inline __attribute__((always_inline)) vf pick(vi m, vf a, vf b) {
+  return reinterpret_cast<vf>((m & reinterpret_cast<vi>(a)) | (~m & reinterpret_cast<vi>(b)));
+}
+inline __attribute__((always_inline)) vf vmax(vf a, vf b) { return pick(a > b, a, b); }
+inline __attribute__((always_inline)) vf vmin(vf a, vf b) { return pick(a < b, a, b); }
+#endif
+
+// exp to about 1e-7 relative: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients).
+inline __attribute__((always_inline)) vf vexp(vf x) {
+  x = vmin(vmax(x, set1(-87.0f)), set1(88.0f));
+  vf t = x * set1(1.44269504088896341f);
+  const vi sign = reinterpret_cast<vi>(t) & reinterpret_cast<vi>(set1(-0.0f));
+  const vf half = reinterpret_cast<vf>(sign | reinterpret_cast<vi>(set1(0.5f)));
+  vi n = __builtin_convertvector(t + half, vi);
+  vf f = __builtin_convertvector(n, vf);
+  vf r = x - f * set1(0.693359375f) - f * set1(-2.12194440e-4f);
+  vf p = set1(1.9875691500e-4f);
+  p = p * r + set1(1.3981999507e-3f);
+  p = p * r + set1(8.3334519073e-3f);
+  p = p * r + set1(4.1665795894e-2f);
+  p = p * r + set1(1.6666665459e-1f);
+  p = p * r + set1(5.0000001201e-1f);
+  p = p * r * r + r + set1(1.0f);
+  return p * reinterpret_cast<vf>((n + 127) << 23);
+}
+
+// max(0, v) in this order keeps a NaN a NaN, as torch does.
+inline __attribute__((always_inline)) vf apply(vf v, int act) {
+  const vf zero = set1(0.0f), one = set1(1.0f), six = set1(6.0f);
+  switch (act) {
+    case kRelu: return vmax(zero, v);
+    case kRelu6: return vmin(six, vmax(zero, v));
+    case kSilu: return v / (one + vexp(-v));
+    case kHardswish: return v * vmin(six, vmax(zero, v + set1(3.0f))) * set1(1.0f / 6.0f);
+    case kSigmoid: return one / (one + vexp(-v));
+    case kHardsigmoid: return vmin(six, vmax(zero, v + set1(3.0f))) * set1(1.0f / 6.0f);
+    default: return v;
+  }
+}
+
+__attribute__((noinline)) void eltwise(float *out, const float *a, float scale, const float *b, const uint32_t *mask, int n, int act,
+             float *sum) {
+  const vf s = set1(scale);
+  for (int i = 0; i < n; i += L) {
+    vf v = load(a + i) * s;
+    if (b) v += load(b + i);
+    v = masked(apply(v, act), mask + i);
+    store(out + i, v);
+    if (sum) {
+      float *part = sum + i % kSumLanes;
+      store(part, load(part) + v);
+    }
+  }
+}
+
+template <int R, int V, int MODE>
+void tile(const Tile &a) {
+  vf acc[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[r][v] = set1(0.0f);
+  const float *w[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) w[r] = a.w[r];
+  const float *x = a.x;
+  const int32_t *xoff = a.xoff, *woff = a.woff;
+  const float *const *fetch = a.fetch;
+  constexpr bool kPixels = MODE == kFetchPixels || MODE == kFetchBoth, kWeights = MODE == kFetchWeights || MODE == kFetchBoth;
+  if (kPixels) {  // what is written at the end, while the sums are made
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < V; v += 16 / L) __builtin_prefetch(a.out[r] + a.at + v * L, 1);
+  }
+  for (int32_t s = 0, n = a.steps; s < n; ++s) {
+    const float *xs = x + xoff[s];
+    const int64_t at = woff[s];
+    if (kWeights) __builtin_prefetch(fetch[s & 7] + at, 0, 2);
+    if (MODE == kFetchBoth) __builtin_prefetch(fetch[(s + 4) & 7] + at, 0, 2);
+    if (kPixels) {
+      const float *ahead = x + xoff[s + kAhead];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; v += 16 / L) __builtin_prefetch(ahead + v * L);
+    }
+    vf in[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) in[v] = load(xs + v * L);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const vf b = set1(w[r][at]);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[r][v] += b * in[v];
+    }
+  }
+  const int act = a.act;
+  const uint32_t *mask = a.mask + a.at;
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const vf scale = set1(a.scale[r]), shift = set1(a.shift[r]);
+    float *out = a.out[r] + a.at;
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[r][v] = acc[r][v] * scale + shift;
+    if (a.res) {
+      const float *res = a.res[r] + a.at;
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[r][v] += load(res + v * L);
+    }
+    if (act == kRelu) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[r][v] = vmax(set1(0.0f), acc[r][v]);
+    }
+    if (act > kRelu) {  // the longer ones go through memory: here they would cost registers
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) store(out + v * L, acc[r][v]);
+      eltwise(out, out, 1.0f, nullptr, mask, V * L, act, a.sum ? a.sum[r] : nullptr);
+      continue;
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      acc[r][v] = masked(acc[r][v], mask + v * L);
+      store(out + v * L, acc[r][v]);
+    }
+    if (a.sum) {
+      float *sum = a.sum[r];
+      constexpr int P = kSumLanes / L;
+#pragma GCC unroll 16
+      for (int p = 0; p < P && p < V; ++p) {
+        vf part = acc[r][p];
+#pragma GCC unroll 16
+        for (int v = p + P; v < V; v += P) part += acc[r][v];
+        store(sum + p * L, load(sum + p * L) + part);
+      }
+    }
+  }
+}
+
+constexpr bool fits(int r, int v) { return r * v <= AFDS_ACCUMULATORS; }
+
+template <int R, int V, int MODE>
+constexpr TileFn entry() {
+  if constexpr (R > 0 && V > 0 && fits(R, V)) return &tile<R, V, MODE>;
+  else return nullptr;
+}
+
+void axpy(float *h, int n, const float *const *rows, const float *p, int m) {
+  int i = 0;
+  for (; i + 8 <= m; i += 8) {
+    const float *w[8];
+    vf s[8];
+    for (int r = 0; r < 8; ++r) {
+      w[r] = rows[i + r];
+      s[r] = set1(p[i + r]);
+    }
+    int j = 0;
+    for (; j + L <= n; j += L) {
+      vf t0 = load(h + j) + s[0] * load(w[0] + j), t1 = s[1] * load(w[1] + j);
+      t0 += s[2] * load(w[2] + j);
+      t1 += s[3] * load(w[3] + j);
+      t0 += s[4] * load(w[4] + j);
+      t1 += s[5] * load(w[5] + j);
+      t0 += s[6] * load(w[6] + j);
+      t1 += s[7] * load(w[7] + j);
+      store(h + j, t0 + t1);
+    }
+    for (; j < n; ++j) {
+      float t = h[j];
+      for (int r = 0; r < 8; ++r) t += p[i + r] * w[r][j];
+      h[j] = t;
+    }
+  }
+  for (; i < m; ++i) {
+    const float *w = rows[i];
+    const float s = p[i];
+    for (int j = 0; j < n; ++j) h[j] += s * w[j];
+  }
+}
+
+int count_ge(const int32_t *keys, int n, int32_t t) {
+  int c = 0;
+  for (int i = 0; i < n; ++i) c += keys[i] >= t;
+  return c;
+}
+
+void score(int32_t *keys, float *q, const float *h, const float *importance, float ceiling, int n) {
+  const vf zero = set1(0.0f), top = set1(ceiling);
+  int i = 0;
+  for (; i + L <= n; i += L) {
+    const vf v = vmin(top, vmax(zero, load(h + i)));
+    store(q + i, v);
+    const vf s = vmax(v * load(importance + i), zero);  // a NaN becomes zero here: it wins nothing
+    *reinterpret_cast<viu *>(keys + i) = reinterpret_cast<vi>(s);
+  }
+  for (; i < n; ++i) {
+    float v = h[i] > 0 ? h[i] : 0;
+    q[i] = v = v < ceiling ? v : ceiling;
+    v *= importance[i];
+    v = v > 0 ? v : 0;
+    __builtin_memcpy(keys + i, &v, sizeof v);
+  }
+}
+
+// The elements 0, 2, 4, ... of 2 L floats.
+inline __attribute__((always_inline)) vf evens(const float *p) {
+  const vf a = load(p), b = load(p + L);
+#if AFDS_LANES == 16
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#elif AFDS_LANES == 8
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+#else
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6);
+#endif
+}
+
+void stage(float *dst, int dst_pitch, const float *src, int src_pitch, int rows, int width, int stride) {
+  if (stride > 2) {
+    for (int y = 0; y < rows; ++y, dst += dst_pitch, src += src_pitch) {
+      for (int x = 0; x < width; ++x) dst[x] = src[x * stride];
+      for (int x = width; x < dst_pitch; ++x) dst[x] = 0.0f;
+    }
+    return;
+  }
+  vi lane;
+  for (int i = 0; i < L; ++i) lane[i] = i;
+  const int whole = width / L * L;
+  const vi keep = lane < width - whole;  // the last vector of a row: pixels, then zeros
+  for (int y = 0; y < rows; ++y, dst += dst_pitch, src += src_pitch) {
+    int x = 0;
+    if (stride == 1) {
+      for (; x < whole; x += L) store(dst + x, load(src + x));
+      store(dst + x, reinterpret_cast<vf>(reinterpret_cast<vi>(load(src + x)) & keep));
+    } else {
+      for (; x < whole; x += L) store(dst + x, evens(src + 2 * x));
+      store(dst + x, reinterpret_cast<vf>(reinterpret_cast<vi>(evens(src + 2 * x)) & keep));
+    }
+    for (x += L; x < dst_pitch; ++x) dst[x] = 0.0f;
+  }
+}
+
+void max3(float *dst, const float *a, const float *b, const float *c, int n) {
+  int i = 0;
+  for (; i + L <= n; i += L) store(dst + i, vmax(load(a + i), vmax(load(b + i), load(c + i))));
+  for (; i < n; ++i) {
+    const float m = b[i] > c[i] ? b[i] : c[i];
+    dst[i] = a[i] > m ? a[i] : m;
+  }
+}
+
+template <int S>
+void max_rows(float *__restrict dst, const float *__restrict src, int n) {
+  for (int i = 0; i < n; ++i) dst[i] = dst[i] >= src[S * i] ? dst[i] : src[S * i];
+}
+
+void stride_max(float *dst, const float *src, int n, int stride) {
+  if (stride == 1) max_rows<1>(dst, src, n);
+  else if (stride == 2) max_rows<2>(dst, src, n);
+  else
+    for (int i = 0; i < n; ++i) dst[i] = dst[i] >= src[stride * i] ? dst[i] : src[stride * i];
+}
+
+template <int S>
+void add_rows(float *__restrict dst, const float *__restrict src, int n) {
+  for (int i = 0; i < n; ++i) dst[i] += src[S * i];
+}
+
+void stride_add(float *dst, const float *src, int n, int stride) {
+  if (stride == 1) add_rows<1>(dst, src, n);
+  else if (stride == 2) add_rows<2>(dst, src, n);
+  else
+    for (int i = 0; i < n; ++i) dst[i] += src[stride * i];
+}
+
+void activate(float *v, int n, int act) {
+  float part[L];
+  for (int i = 0; i < n; i += L) {
+    const int m = n - i < L ? n - i : L;
+    for (int j = 0; j < m; ++j) part[j] = v[i + j];
+    for (int j = m; j < L; ++j) part[j] = 0.0f;
+    store(part, apply(load(part), act));
+    for (int j = 0; j < m; ++j) v[i + j] = part[j];
+  }
+}
+
+}  // namespace
+
+#define AFDS_ROW(R, P)                                                                                          \
+  {                                                                                                             \
+    nullptr, entry<R, 1, P>(), entry<R, 2, P>(), entry<R, 3, P>(), entry<R, 4, P>(), entry<R, 5, P>(),          \
+        entry<R, 6, P>(), entry<R, 7, P>(), entry<R, 8, P>()                                                    \
+  }
+#define AFDS_ROWS(P)                                                                                            \
+  {                                                                                                             \
+    {}, AFDS_ROW(1, P), AFDS_ROW(2, P), AFDS_ROW(3, P), AFDS_ROW(4, P), AFDS_ROW(5, P), AFDS_ROW(6, P),         \
+        AFDS_ROW(7, P), AFDS_ROW(8, P), AFDS_ROW(9, P), AFDS_ROW(10, P), AFDS_ROW(11, P), AFDS_ROW(12, P)       \
+  }
+
+extern const Table AFDS_TABLE = {AFDS_NAME,  L,          AFDS_ACCUMULATORS, {AFDS_ROWS(0), AFDS_ROWS(1), AFDS_ROWS(2), AFDS_ROWS(3)},
+                                 axpy,       count_ge,   score,             stage,            max3,
+                                 stride_max, stride_add, eltwise,           activate};
+
+}  // namespace afds

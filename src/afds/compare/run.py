@@ -1,0 +1,236 @@
+"""Runs the trials of a comparison: what is done is read, what was begun goes on, the rest is started.
+
+Everything that could stop it is checked first: methods, budgets, data sets, options against those of an earlier
+start. One JSON line per trial in DIR/trials.jsonl, with config, versions, hardware and wall time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from afds.artifact import is_run
+from afds.compare.plan import (
+    CANDIDATES,
+    CompareConfig,
+    Trial,
+    budgets_of,
+    candidate_config,
+    identity,
+    make_plan,
+    whole_fit,
+)  # fmt: skip
+from afds.compare.rows import Row
+from afds.config import FitConfig, resolve_method, to_json
+from afds.errors import AfdsError, ConfigError, RunFolderError, TrainingError
+from afds.files import read_json, write_atomic, write_json
+from afds.fitting import fit, read_photos, read_result
+from afds.hardware import make_fabric, resolve_device, resolve_precision
+from afds.progress import Progress
+from afds.record import read_lines
+from afds.setup import Setup
+
+
+def compare(c: CompareConfig, console: Console | None = None) -> list[dict[str, Any]]:
+    """Do what is left to do; returns the lines of all trials.
+
+    Raises:
+        AfdsError: before any training, for what would stop it later.
+    """
+    console = console or Console(highlight=False)
+    c = _same_precision(c)
+    check_folder(c)
+    prints = preflight(c, console)
+    plan = make_plan(c)
+    if c.dry_run:
+        for trial in plan:
+            console.print(f"{trial.kind:7} {trial.key}", markup=False)
+        return []
+    c.out.mkdir(parents=True, exist_ok=True)
+    known = read_json(c.out / "compare.json").get("data", {}) if (c.out / "compare.json").exists() else {}
+    write_json(c.out / "compare.json", {"options": identity(c), "rows": _definitions(c), "data": {**known, **prints}})
+    lines = _known_lines(c)
+    for trial in plan:
+        c.out.joinpath(trial.key).parent.mkdir(parents=True, exist_ok=True)
+    todo = {trial.key: trial for trial in plan if trial.key not in lines}
+    console.print(f"{len(plan)} trials, {len(plan) - len(todo)} of them done.")
+
+    def note(line: dict[str, Any]) -> None:
+        lines[line["key"]] = line
+        with open(c.out / "trials.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        shown = f"{line['val']:.1%}" if line["val"] is not None else line["error"]
+        console.print(f"{len(lines)}/{len(plan)} {line['key']}: validation {shown}, {line['seconds']:.0f} s",
+                      markup=False, soft_wrap=True)  # fmt: skip
+
+    rows = {row.name: row for row in c.all_rows()}
+    (_one_by_one if c.jobs == 1 else _in_parallel)(c, todo, lines, rows, note)
+    return [lines[trial.key] for trial in plan]
+
+
+def preflight(c: CompareConfig, console: Console) -> dict[str, str]:
+    """Build every row at every budget on every data set, and train none; fingerprints of the data, by name."""
+    fabric = make_fabric(c.hardware)
+    prints = {}
+    for data in c.data:
+        first = whole_fit(c, c.all_rows()[0], data, "1x", 0)
+        splits, facts = read_photos(first, Progress(quiet=True))
+        prints[data.resolve().name] = facts["fingerprint"]
+        if not splits.test:
+            raise ConfigError(f"{data}: there is no test split to compare on. Add test/, or leave "
+                              "--data-options.test-fraction above 0.")  # fmt: skip
+        for row in c.all_rows():
+            budgets = budgets_of(row, c.all_budgets())
+            if not budgets:
+                console.print(f"{row.name}: at 1x it is a dense method; not run.", markup=False)
+            for budget in budgets:
+                try:
+                    # The source step has data of its own and is checked by its own fit.
+                    config = dataclasses.replace(whole_fit(c, row, data, budget, 0), source_data=None)
+                    Setup(resolve_method(config), splits, fabric)
+                except AfdsError as error:
+                    raise type(error)(f"{row.name} at {budget} on {data}: {error}") from error
+    return prints
+
+
+def check_folder(c: CompareConfig) -> None:
+    """Refuse results that were made with other options, rows or photos under the same names.
+
+    Raises:
+        RunFolderError: it names the first difference.
+    """
+    path = c.out / "compare.json"
+    if not path.exists():
+        if c.out.exists() and (not c.out.is_dir() or any(c.out.iterdir())):
+            raise RunFolderError(f"--out {c.out} is not empty and holds no comparison; name a new folder.")
+        return
+    saved = read_json(path)
+    for name, value in _flat(identity(c)).items():
+        old = _flat(saved.get("options", {})).get(name)
+        if old != value:
+            raise RunFolderError(f"{c.out} was made with {name} = {old!r}, now it is {value!r}. Results of both in one "
+                                 "table would not compare: use the old value, or a new --out.")  # fmt: skip
+    for name, definition in _definitions(c).items():
+        old = saved.get("rows", {}).get(name, definition)
+        if old != definition:
+            raise RunFolderError(f"{c.out}: the row {name!r} was {old}, now it is {definition}. Give it a new name.")
+
+
+def _definitions(c: CompareConfig) -> dict[str, Any]:
+    return {row.name: [row.method, [list(pair) for pair in row.overrides]] for row in c.all_rows()}
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, part in value.items() for k, v in _flat(part, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _same_precision(c: CompareConfig) -> CompareConfig:
+    """`auto` is decided once: on some machines it is a measurement, and trials must not differ by it."""
+    path, hardware = c.out / "compare.json", c.hardware
+    if hardware.precision == "auto" and path.exists():
+        saved = read_json(path).get("options", {}).get("hardware", {}).get("precision", "auto")
+        hardware = dataclasses.replace(hardware, precision=saved)
+    elif hardware.precision == "auto":
+        device = resolve_device(hardware)
+        precision: Any = resolve_precision(hardware, device)
+        hardware = dataclasses.replace(hardware, precision=precision)
+    return dataclasses.replace(c, hardware=hardware)
+
+
+def _known_lines(c: CompareConfig) -> dict[str, dict[str, Any]]:
+    """Lines of trials that are done; one that was cut short by a kill is written out of the file."""
+    path = c.out / "trials.jsonl"
+    if not path.exists():
+        return {}
+    lines = {line["key"]: line for line in read_lines(path) if "key" in line}
+    write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines.values()))
+    return lines
+
+
+def _one_by_one(c: CompareConfig, todo: dict[str, Trial], lines: dict[str, Any], rows: dict[str, Row],
+                note: Callable[[dict[str, Any]], None]) -> None:  # fmt: skip
+    for trial in _in_order(todo):
+        note(run_trial(_ready(trial, lines, rows)))
+
+
+def _in_parallel(c: CompareConfig, todo: dict[str, Trial], lines: dict[str, Any], rows: dict[str, Row],
+                 note: Callable[[dict[str, Any]], None]) -> None:  # fmt: skip
+    threads = max(1, (os.cpu_count() or 1) // c.jobs)
+    left, running = dict(todo), dict[Future[dict[str, Any]], str]()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(c.jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        while left or running:
+            for key in [k for k, t in left.items() if all(n in lines for n in t.needs)]:
+                if len(running) < c.jobs:
+                    running[pool.submit(run_trial, _ready(left.pop(key), lines, rows))] = key
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[future]
+                note(future.result())
+
+
+def _in_order(todo: dict[str, Trial]) -> list[Trial]:
+    """Bases, then tuning, then finals, seed by seed: a table of one seed is there early."""
+    kinds = ("base", "tuning", "final")
+    return sorted(todo.values(), key=lambda t: (kinds.index(t.kind) if t.kind != "base" or t.seed == 0 else 2,
+                                                t.seed, kinds.index(t.kind)))  # fmt: skip
+
+
+def _ready(trial: Trial, lines: dict[str, Any], rows: dict[str, Row]) -> Trial:
+    """A final run with the candidate that tuning chose."""
+    if not trial.tuning:
+        return trial
+    results = [lines[key] for key in trial.tuning]
+    best = max(range(len(results)), key=lambda i: -1.0 if results[i]["val"] is None else results[i]["val"])
+    return dataclasses.replace(trial, candidate=best, config=candidate_config(trial.config, rows[trial.row], best))
+
+
+def run_trial(trial: Trial) -> dict[str, Any]:
+    """Fit, or go on with, or only read; returns the trial's line. A diverged training is a result too."""
+    config, error = trial.config, None
+    out = config.out
+    assert out is not None
+    if not is_run(out):
+        if (out / "config.json").exists():
+            config = FitConfig(resume=out)
+        elif out.exists():  # killed before its first line
+            shutil.rmtree(out)
+        try:
+            fit(config, quiet=True)
+        except TrainingError as diverged:
+            error = str(diverged)
+    record = read_json(out / "config.json")
+    line: dict[str, Any] = {
+        "key": trial.key, "kind": trial.kind, "data": trial.data, "row": trial.row, "budget": trial.budget,
+        "seed": trial.seed, "multiples": dict(zip(("lr", "weight"), CANDIDATES[trial.candidate], strict=True)),
+        "val": None, "test": None, "hits": None, "macs": None, "dense_macs": None, "ratio": None, "seconds": 0.0,
+        "error": error, "config": record["config"], "resolved": record["resolved"], "afds": record["afds"],
+        "hardware": record["hardware"], "latency_ms": None,
+    }  # fmt: skip
+    if error is None:
+        result = read_result(out)
+        line |= {"val": result.val.top1, "test": result.test.top1 if result.test else None,
+                 "hits": result.test.hits if result.test else None, "macs": result.cost.counted,
+                 "dense_macs": result.cost.dense, "ratio": result.cost.ratio, "seconds": result.seconds,
+                 "latency_ms": _latency(out)}  # fmt: skip
+    return to_json(line)  # type: ignore[no-any-return]
+
+
+def _latency(out: Path) -> float | None:
+    """The median latency of a run that was measured (`measure.json`), in milliseconds."""
+    if not (out / "measure.json").exists():
+        return None
+    value = read_json(out / "measure.json")
+    value = value.get("latency_ms") if isinstance(value, dict) else None
+    return float(value) if isinstance(value, int | float) else None

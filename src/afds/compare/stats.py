@@ -1,0 +1,60 @@
+"""Means, paired differences and their intervals.
+
+Several seeds: the t interval of the differences between runs of the same seed (same split, same order of images).
+One seed: differences between the same test images, by bootstrap over images, and McNemar's exact test.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats as scipy_stats
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Ours minus theirs, as a share of 1, with a 95 % interval."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    p: float | None
+    how: str
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Standard deviation over seeds; None for a single one."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+    """From runs paired by seed: t interval and t test."""
+    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean = statistics.mean(gaps)
+    if len(gaps) < 2:
+        return Difference(mean, None, None, None, "one seed")
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5
+    reach = float(scipy_stats.t.ppf(0.975, len(gaps) - 1)) * error
+    p = float(2 * scipy_stats.t.sf(abs(mean) / error, len(gaps) - 1)) if error > 0 else float(mean == 0)
+    return Difference(mean, mean - reach, mean + reach, p, f"paired t, {len(gaps)} seeds")
+
+
+def paired_images(ours: str, theirs: str, *, draws: int = 2000) -> Difference:
+    """From the same images, `1` where a network was right: bootstrap over images, McNemar's exact p."""
+    a, b = np.frombuffer(ours.encode(), np.uint8) - 48.0, np.frombuffer(theirs.encode(), np.uint8) - 48.0
+    if len(a) != len(b) or not len(a):
+        raise ValueError("the two networks did not look at the same images")
+    gaps = a - b
+    drawn = np.random.default_rng(0).integers(0, len(gaps), (draws, len(gaps)))
+    low, high = np.quantile(gaps[drawn].mean(1), (0.025, 0.975))
+    better, worse = int((gaps > 0).sum()), int((gaps < 0).sum())
+    p = float(scipy_stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    return Difference(float(gaps.mean()), float(low), float(high), p, f"McNemar, {len(gaps)} images")

@@ -1,0 +1,146 @@
+"""The table: per data set, row and budget the mean over seeds, its spread, and paired differences.
+
+Two columns of differences, both paired: against the reference row at the same budget, and against the first dense row
+of the comparison.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from afds.compare.stats import Difference, paired, paired_images, spread
+from afds.files import write_atomic, write_json
+
+HEAD = ("method", "budget", "seeds", "test", "MACs", "M MACs", "vs ref.", "vs dense")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table."""
+
+    data: str
+    row: str
+    budget: str
+    seeds: int
+    failed: int
+    mean: float | None
+    spread: float | None
+    macs: float | None
+    ratio: float | None
+    latency_ms: float | None
+    reference: Difference | None
+    dense: Difference | None
+    multiples: dict[str, float]
+    """Of learning rate and weight, as tuning chose them."""
+
+
+def cells(lines: Sequence[dict[str, Any]], reference: str) -> list[Cell]:
+    """From the lines of trials; rows keep the order in which they were asked for."""
+    finals = [line for line in lines if line["kind"] == "final"]
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for line in finals:
+        groups.setdefault((line["data"], line["row"], line["budget"]), []).append(line)
+    found = []
+    for (data, row, budget), group in groups.items():
+        good = [line for line in group if line["test"] is not None]
+        whole = next((g for (d, _, b), g in groups.items() if d == data and b == "1x" and _is_dense(g)), None)
+        other = groups.get((data, reference, budget)) if row != reference else None
+        found.append(Cell(
+            data, row, budget, len(good), len(group) - len(good),
+            statistics.mean(line["test"] for line in good) if good else None,
+            spread([line["test"] for line in good]),
+            _mean([line["macs"] for line in good]), _mean([line["ratio"] for line in good]),
+            _mean([line["latency_ms"] for line in good]), _difference(group, other),
+            _difference(group, whole) if whole is not group else None, group[0]["multiples"],
+        ))  # fmt: skip
+    return found
+
+
+def _is_dense(group: list[dict[str, Any]]) -> bool:
+    return str(group[0]["config"]["method"]).endswith("+dense") or (
+        "+" not in group[0]["config"]["method"] and (group[0]["config"]["method"] not in ("afds", "afds-paper", "fbs"))
+    )
+
+
+def _difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]] | None) -> Difference | None:
+    """Between runs of the same seed; of a single seed, between the same images."""
+    if theirs is None:
+        return None
+    by_seed = {line["seed"]: line for line in theirs if line["test"] is not None}
+    pairs = [(line, by_seed[line["seed"]]) for line in ours if line["test"] is not None and line["seed"] in by_seed]
+    if not pairs:
+        return None
+    if len(pairs) == 1 and pairs[0][0]["hits"] and len(pairs[0][0]["hits"]) == len(pairs[0][1]["hits"] or ""):
+        return paired_images(pairs[0][0]["hits"], pairs[0][1]["hits"])
+    return paired([a["test"] for a, _ in pairs], [b["test"] for _, b in pairs])
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
+
+
+def texts(cell: Cell) -> tuple[str, ...]:
+    """What the table shows of a cell, in the order of `HEAD`."""
+    failed = f" ({cell.failed} diverged)" if cell.failed else ""
+    mean = "-" if cell.mean is None else f"{cell.mean:.1%}"
+    mean += f" ± {100 * cell.spread:.1f}" if cell.spread is not None else ""
+    return (cell.row, cell.budget, f"{cell.seeds}{failed}", mean,
+            "-" if cell.ratio is None else f"{cell.ratio:.2f}x",
+            "-" if cell.macs is None else f"{cell.macs / 1e6:.1f}",
+            points(cell.reference), points(cell.dense))  # fmt: skip
+
+
+def points(difference: Difference | None) -> str:
+    """`-3.1 [-5.0, -1.2]`, in points; a difference that its interval tells from 0 has a star."""
+    if difference is None:
+        return ""
+    text = f"{100 * difference.mean:+.1f}"
+    if difference.low is None or difference.high is None:
+        return text
+    return f"{text} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]" + "*" * difference.clear
+
+
+def footnote(found: Sequence[Cell], reference: str, trials: int) -> str:
+    """What the columns mean, and how much tuning there was."""
+    how = sorted({d.how for cell in found for d in (cell.reference, cell.dense) if d is not None})
+    tuning = f"{trials} tuning trials per row on validation images" if trials > 1 else "No tuning: all at defaults"
+    return (f"Reference: {reference}. Differences are paired ({'; '.join(how) or 'none'}), in points, with their 95 % "
+            f"interval; * where it leaves 0 out. ± is the standard deviation over seeds. {tuning}. Every network has "
+            "learned for the same number of epochs; the test split was read once per run.")  # fmt: skip
+
+
+def terminal(found: Sequence[Cell]) -> list[Table]:
+    tables = []
+    for data in dict.fromkeys(cell.data for cell in found):
+        table = Table(title=data)
+        for i, name in enumerate(HEAD):
+            table.add_column(name, justify="left" if i == 0 else "right")
+        for cell in found:
+            if cell.data == data:
+                table.add_row(*texts(cell))
+        tables.append(table)
+    return tables
+
+
+def markdown(found: Sequence[Cell], note: str) -> str:
+    """The same as Markdown, a table for each data set."""
+    parts = []
+    for data in dict.fromkeys(cell.data for cell in found):
+        body = ["| " + " | ".join(texts(cell)).replace("*", "\\*") + " |" for cell in found if cell.data == data]
+        lines = [f"**{data}**", "", "| " + " | ".join(HEAD) + " |", "|---" + "|---:" * (len(HEAD) - 1) + "|", *body]
+        parts.append("\n".join(lines))
+    return "\n\n".join([*parts, note.replace("*", "\\*")]) + "\n"
+
+
+def write_tables(out: Path, found: Sequence[Cell], note: str) -> None:
+    """table.md and table.json."""
+    write_atomic(out / "table.md", markdown(found, note))
+    write_json(out / "table.json", {"note": note, "cells": [dataclasses.asdict(cell) for cell in found]})

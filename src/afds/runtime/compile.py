@@ -1,0 +1,64 @@
+"""A network or a run folder, compiled for this CPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from afds.errors import ConfigError
+from afds.runtime.executor import BUILD_ADVICE, Executor, is_built
+from afds.runtime.errors import RuntimeMissingError
+from afds.runtime.layout import place
+from afds.runtime.lower import lower
+from afds.runtime.plan import Plan
+
+if TYPE_CHECKING:
+    from afds.artifact import Run
+    from afds.inference import Model
+
+Size = int | tuple[int, int]
+
+
+def make_plan(model: nn.Module, input_size: Size) -> Plan:
+    """The plan of ``model`` (plain, or with selection at its present density) for images of one size.
+
+    Args:
+        input_size: pixels, one side of a square or (height, width).
+    Raises:
+        UnsupportedError: naming the layer that the runtime does not compute.
+        SourceError: the forward cannot be traced.
+    """
+    size = (input_size, input_size) if isinstance(input_size, int) else input_size
+    if min(size) < 1:
+        raise ConfigError(f"input_size is {input_size}; give pixels, 1 or more.")
+    return place(lower(model, size))
+
+
+def compile(
+    run_or_model: Run | Model | nn.Module, *, input_size: Size | None = None, threads: int = 1, isa: str = "auto"
+) -> Executor:
+    """An executor of a loaded run or of a network, at its present density.
+
+    Args:
+        run_or_model: what `afds.load` or `load_run` gives, or a network; changing it later changes nothing here.
+        input_size: pixels, one side or (height, width); by default that of the run's preprocessing.
+        threads: CPU threads of one call.
+        isa: the instruction set, by default the fastest that this CPU has.
+    Raises:
+        RuntimeMissingError: the native part was not built.
+        UnsupportedError: naming the layer that the runtime does not compute; run it with PyTorch.
+        ConfigError: no input size, or a wrong argument.
+    """
+    if not is_built():
+        raise RuntimeMissingError(BUILD_ADVICE)
+    source: Any = run_or_model
+    if isinstance(source, nn.Module):
+        model = source
+    else:
+        run = getattr(source, "run", source)
+        model = run.model
+        input_size = input_size or run.preprocess.input_size
+    if input_size is None:
+        raise ConfigError("compile needs input_size for a network that is not a run: pixels, or (height, width).")
+    return Executor(make_plan(model, input_size), threads=threads, isa=isa)

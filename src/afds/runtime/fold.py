@@ -1,0 +1,109 @@
+"""Batch norm, gates and standardisation folded into weights, in float64, kept as float32.
+
+::
+
+    plain unit      w' = w gamma / sigma            b' = (b - mu) gamma / sigma + beta
+    selective unit  w' = w / sigma                  b' = (b - mu) / sigma           y = pi (w' x + b') + beta [pi > 0]
+    predictor       h = W ((p - m) / s / sqrt(C)) + b  =  (W / (s sqrt(C))) p + (b - W m / (s sqrt(C)))
+
+A static channel's pi is a constant: it goes into w' and b' as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from afds.selection import FollowingGate, Gate, SelectiveConvBN, winner_take_all
+
+
+@dataclass
+class Folded:
+    """One convolution as the engine wants it."""
+
+    tensors: dict[str, np.ndarray]
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+def f32(x: Tensor | np.ndarray) -> np.ndarray:
+    array = x.detach().cpu().numpy() if isinstance(x, Tensor) else x
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _f64(x: Tensor) -> Tensor:
+    return x.detach().cpu().double()
+
+
+def fold_plain(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> Folded:
+    """A convolution and its batch norm, if it has one."""
+    w, b = _normalised(conv, norm)
+    if norm is not None and norm.affine:
+        gamma = _f64(norm.weight)
+        w, b = w * gamma[:, None, None, None], b * gamma + _f64(norm.bias)
+    return Folded({"weight": f32(w), "bias": f32(b)}, {"rows": "all"})
+
+
+def fold_unit(unit: SelectiveConvBN) -> Folded:
+    """A selective unit at its present density and masks."""
+    w, b = _normalised(unit.conv, unit.norm)
+    beta = _f64(unit.beta)
+    gate = unit.gate
+    if isinstance(gate, FollowingGate):
+        gamma = _f64(gate.gamma)
+        return Folded({"weight": f32(w * gamma[:, None, None, None]), "bias": f32(b * gamma + beta)},
+                      {"rows": "follow"})  # fmt: skip
+    sign = _f64(gate.sign)
+    constant = F.relu(_f64(gate.gamma)) * _f64(gate.kept)
+    dynamic = (gate.dynamic & gate.kept).cpu()
+    if not dynamic.any():
+        score = constant.float() * gate.importance.detach().cpu()
+        wins = winner_take_all(score[None], gate.k)[0]
+        pi = constant * sign * wins
+        fixed = wins.nonzero().flatten().tolist()
+        return Folded({"weight": f32(w * pi[:, None, None, None]), "bias": f32(b * pi + beta)},
+                      {"rows": "all"} if len(fixed) == len(wins) else {"rows": "fixed", "fixed": fixed})  # fmt: skip
+    pi = torch.where(dynamic, torch.ones_like(constant), constant * sign)
+    tensors = {
+        "weight": f32(w * pi[:, None, None, None]), "bias": f32(b * pi), "beta": f32(beta), "sign": f32(sign),
+        "constant": f32(constant * ~dynamic), "importance": f32(gate.importance),
+    }  # fmt: skip
+    tensors.update(_fold_predictor(gate, dynamic))
+    return Folded(tensors, {
+        "rows": "dynamic", "k": gate.k, "dynamic": dynamic.nonzero().flatten().tolist(),
+        "rank": gate.predictor.rank, "ceiling": float(gate.predictor.ceiling),
+    })  # fmt: skip
+
+
+def _fold_predictor(gate: Gate, dynamic: Tensor) -> dict[str, np.ndarray]:
+    """[in][out], so that the weights of an active input lie together; only of the channels that are predicted."""
+    predictor = gate.predictor
+    channels = predictor.in_channels
+    scale, mean = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+    if (norm := predictor.standardise) is not None:
+        assert norm.running_mean is not None and norm.running_var is not None
+        scale = (_f64(norm.running_var) + norm.eps).rsqrt() * channels**-0.5
+        mean = _f64(norm.running_mean)
+    weight, bias = _f64(predictor.weight)[dynamic], _f64(predictor.bias)[dynamic]
+    reduce = _f64(predictor.reduce.weight) if predictor.reduce is not None else None
+    first = (weight if reduce is None else reduce) * scale
+    shift = first @ mean
+    bias = bias - (shift if reduce is None else weight @ shift)
+    if reduce is None:
+        return {"predictor_weight": f32(first.T), "predictor_bias": f32(bias)}
+    return {"predictor_weight": f32(weight.T), "predictor_bias": f32(bias), "predictor_reduce": f32(first.T)}
+
+
+def _normalised(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias with the norm's statistics folded in, without its affine part."""
+    w = _f64(conv.weight)
+    b = _f64(conv.bias) if conv.bias is not None else torch.zeros(w.shape[0], dtype=torch.float64)
+    if norm is None:
+        return w, b
+    assert norm.running_mean is not None and norm.running_var is not None
+    inverse = (_f64(norm.running_var) + norm.eps).rsqrt()
+    return w * inverse[:, None, None, None], (b - _f64(norm.running_mean)) * inverse

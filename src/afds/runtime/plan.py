@@ -1,0 +1,71 @@
+"""The plan of a network: plain data that an executor can follow without PyTorch.
+
+::
+
+    network --lower--> ops over values --layout--> values in buffers = Plan --> JSON + safetensors --> Executor
+
+An op is a dict of numbers, texts and names of tensors; a value is one feature map; a buffer is memory for planes of
+one layout, used again as soon as its value is dead. ``kernels/engine.h`` says what a layout is.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from afds.errors import RunFolderError
+
+FORMAT = 1
+ACTS = ("none", "relu", "relu6", "silu", "hardswish", "sigmoid", "hardsigmoid")  # as in kernels/table.h
+TENSORS = {  # fields of an op that name a tensor
+    "conv": ("weight", "bias", "beta", "predictor_weight", "predictor_bias", "predictor_reduce", "constant",
+             "importance", "sign"),
+    "se": ("weight1", "bias1", "weight2", "bias2"),
+    "linear": ("weight", "bias"),
+}  # fmt: skip
+
+
+@dataclass
+class Plan:
+    """What to compute, in order, and where it lies in memory."""
+
+    channels: int
+    height: int
+    width: int
+    classes: int
+    input: int
+    """The value that holds the image."""
+    buffers: list[dict[str, int]] = field(default_factory=list)
+    values: list[dict[str, Any]] = field(default_factory=list)
+    ops: list[dict[str, Any]] = field(default_factory=list)
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    """float32, by the names that the ops use."""
+
+    def save(self, folder: Path | str) -> None:
+        """`plan.json` and `plan.safetensors` in ``folder``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.tensors, folder / "plan.safetensors")
+        head = {k: v for k, v in vars(self).items() if k != "tensors"}
+        (folder / "plan.json").write_text(json.dumps({"format": FORMAT, **head}))
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Plan:
+        """The plan that `save` wrote.
+
+        Raises:
+            RunFolderError: a file that is missing or damaged; what the engine cannot follow it refuses by itself.
+        """
+        folder = Path(folder)
+        try:
+            data = json.loads((folder / "plan.json").read_text())
+            if data.pop("format") != FORMAT:
+                raise RunFolderError(f"{folder / 'plan.json'}: of another version; make the plan again.")
+            return cls(**data, tensors=load_file(folder / "plan.safetensors"))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RunFolderError(f"{folder}: no plan that can be read ({error}).") from error

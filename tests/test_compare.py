@@ -1,0 +1,262 @@
+"""`afds compare`: what is refused, what is shared, what is resumed, and the statistics by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from afds import fitting
+from afds.artifact import is_run
+from afds.cli import main
+from afds.compare.page import write_page
+from afds.compare.plan import CANDIDATES, CompareConfig, make_plan
+from afds.compare.rows import parse_row, read_rows
+from afds.compare.run import compare
+from afds.compare.stats import paired, paired_images
+from afds.compare.table import cells, footnote, markdown, write_tables
+from afds.config import DataConfig, DescentConfig, FitConfig, OptimConfig
+from afds.data import write_digits
+from afds.errors import BudgetError, ConfigError, DataError, RunFolderError
+from afds.fitting import fit
+
+ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'
+DATA = DataConfig(input_size=32, flip=False, workers=0, val_fraction=0.2)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("compare")
+    write_digits(root / "photos", range(3), per_class=12, test_per_class=10)
+    other = write_digits(root / "other", range(3, 6), per_class=12, test_per_class=5)
+    config = FitConfig(data=other, source="resnet18", arch_args=ARCH, method="scratch", out=root / "source",
+                       data_options=DATA, optim=OptimConfig(epochs=2, batch_size=8))  # fmt: skip
+    fit(config, quiet=True)
+    return root
+
+
+def options(room: Path, out: Path, **changes: Any) -> CompareConfig:
+    config = CompareConfig(
+        data=(room / "photos",), out=out, methods="l2,l2+l1", budgets="2x", seeds=2, epochs=1, base_epochs=1,
+        source=str(room / "source"), data_options=DATA, optim=OptimConfig(batch_size=8, lr=0.02),
+        descent=DescentConfig(stages=2, images=8),
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(room: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[CompareConfig, list[dict[str, Any]]]:
+    config = options(room, tmp_path_factory.mktemp("results") / "out", trials=2)
+    return config, compare(config)
+
+
+def test_rows_are_methods_with_options() -> None:
+    row = parse_row("afds[distillation.afd=0, descent.allocation=uniform, pruning.end=1]")
+    config = row.apply(FitConfig())
+    assert (config.method, config.distillation.afd, config.descent.allocation) == ("afds", 0.0, "uniform")
+    assert parse_row("afds").apply(FitConfig()) == FitConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("magic", "Unknown method"),
+        ("afds[distillation.afd]", "option=value"),
+        ("afds[distillation.magic=1]", "no option"),
+        ("afds[distillation=1]", "no option"),
+        ("afds[distillation.afd=-1]", "0 or more"),
+        ("afds[distillation.afd=much]", "not a valid value"),
+        ("afds[budget=2x]", "same for all rows"),
+        ("afds[", "Cannot read"),
+    ],
+)
+def test_wrong_rows_are_refused(text: str, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        parse_row(text)
+
+
+def test_rows_of_the_lab_are_readable() -> None:
+    lab = Path(__file__).parents[1] / "benchmarks/lab"
+    for name in ("methods.toml", "ablations.toml"):
+        rows = read_rows(lab / name)
+        assert "afds" in [row.name for row in rows]
+        assert len({row.slug for row in rows}) == len(rows)
+
+
+def test_bases_are_shared_and_every_network_learns_as_long(tmp_path: Path) -> None:
+    c = CompareConfig(data=(tmp_path,), out=tmp_path / "out", budgets="1x,2x,5x", seeds=2, epochs=3, base_epochs=4,
+                      methods="l2,l2+l1,l2+l1[pruning.stages=4],kd,kd+l1,afds,afds[descent.allocation=uniform],"
+                              "afds[distillation.afd=0.1],l2+slimming,l2+lowres")  # fmt: skip
+    plan = make_plan(c)
+    bases = [t for t in plan if t.kind == "base"]
+    assert sorted(t.row for t in bases if t.seed == 0) == ["afd+dense", "afd+dense", "l2+dense", "l2+slimming"]
+    finals = {(t.row, t.budget): t for t in plan if t.kind == "final" and t.seed == 0}
+    assert ("l2", "1x") in finals
+    assert not {("l2", "2x"), ("l2+l1", "1x"), ("l2+lowres", "1x")} & set(finals)
+    learned = {row: t.config.optim.epochs for (row, _), t in finals.items()}
+    assert learned["l2"] == learned["kd"] == learned["l2+lowres"] == 7
+    assert learned["l2+l1"] == learned["kd+l1"] == learned["afds"] == 3
+    assert finals["l2+l1", "2x"].needs == finals["kd", "1x"].needs == finals["kd+l1", "5x"].needs
+    assert finals["kd", "1x"].config.source == "resnet50"
+    assert finals["kd", "1x"].config.teacher == tmp_path / "out" / finals["kd", "1x"].needs[0]
+    order = [t.key for t in plan]
+    assert all(order.index(need) < order.index(t.key) for t in plan for need in t.needs)
+
+
+def test_every_row_has_the_same_number_of_trials_and_only_finals_read_the_test_split(
+    finished: tuple[CompareConfig, list[dict[str, Any]]],
+) -> None:
+    config, lines = finished
+    kinds = [(line["kind"], line["row"]) for line in lines]
+    assert kinds.count(("tuning", "l2")) == kinds.count(("tuning", "l2+l1")) == 2
+    assert kinds.count(("final", "l2+l1")) == 2
+    for line in lines:
+        assert (line["test"] is not None) == (line["kind"] == "final")
+        assert {"seconds", "hardware", "config", "afds"} <= set(line)
+        assert len(line["hits"] or "") == (30 if line["kind"] == "final" else 0)
+    stored = [json.loads(text) for text in (config.out / "trials.jsonl").read_text().splitlines()]
+    assert sorted(line["key"] for line in stored) == sorted(line["key"] for line in lines)
+    tuned = [line for line in lines if line["kind"] == "tuning" and line["row"] == "l2+l1"]
+    best = max(tuned, key=lambda line: line["val"])
+    final = next(line for line in lines if line["kind"] == "final" and line["row"] == "l2+l1")
+    assert final["multiples"] == best["multiples"]
+    assert final["config"]["optim"]["lr"] == 0.02 * best["multiples"]["lr"]
+    assert [CANDIDATES[i][0] for i in (0, 1)] == [line["multiples"]["lr"] for line in tuned]
+
+
+def test_a_second_start_trains_nothing(
+    finished: tuple[CompareConfig, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, lines = finished
+    monkeypatch.setattr("afds.compare.run.fit", lambda *_, **__: pytest.fail("trained again"))
+    assert compare(config) == lines
+
+
+def test_killed_inside_a_trial_it_goes_on_there(
+    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: tuple[CompareConfig, list[dict[str, Any]]]
+) -> None:
+    config = options(room, tmp_path / "out", seeds=1, epochs=2)
+    whole = options(room, tmp_path / "whole", seeds=1, epochs=2)
+    seen: list[dict[str, Any]] = []
+
+    def interrupt(self: object, event: dict[str, Any]) -> None:
+        if "done" in event:
+            seen.append(event)
+        elif len(seen) == 5:  # base 1, l2 3; then in the second epoch of l2+l1
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting.Progress, "update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compare(config)
+    out = config.out / "runs/photos/l2+l1/2x/seed0"
+    assert (out / "last.ckpt").exists()
+    assert not is_run(out)
+    with open(config.out / "trials.jsonl", "a") as file:
+        file.write('{"key": "cut sho')
+    (config.out / "runs/photos/l2+l1/2x/seed7").mkdir()
+    lines = compare(config)
+    again = {line["key"]: line for line in compare(whole)}
+    assert {line["key"]: line["hits"] for line in lines} == {key: line["hits"] for key, line in again.items()}
+    assert (out / "model.safetensors").read_bytes() == (
+        whole.out / "runs/photos/l2+l1/2x/seed0/model.safetensors"
+    ).read_bytes()
+
+
+def test_parallel_gives_the_same_results(
+    room: Path, tmp_path: Path, finished: tuple[CompareConfig, list[dict[str, Any]]]
+) -> None:
+    config, lines = finished
+    parallel = compare(dataclasses.replace(config, out=tmp_path / "out", jobs=2, seeds=1))
+    alike = {line["key"]: line["hits"] for line in lines}
+    assert all(line["hits"] == alike[line["key"]] for line in parallel)
+
+
+def test_what_cannot_be_is_refused_before_any_training(room: Path, tmp_path: Path) -> None:
+    def refused(error: type[Exception], match: str, **changes: Any) -> None:
+        with pytest.raises(error, match=match):
+            compare(options(room, tmp_path / "never", **changes))
+        assert not (tmp_path / "never").exists()
+
+    refused(ConfigError, "Unknown method", methods="l2,magic")
+    refused(BudgetError, r"l2\+l1 at 100000x", budgets="2x,100000x")
+    refused(BudgetError, "Cannot read the budget", budgets="soon")
+    refused(ConfigError, "there twice", methods="l2,l2")
+    refused(ConfigError, "none of the rows", reference="afds")
+    refused(ConfigError, "--trials", trials=99)
+    few = write_digits(tmp_path / "few", range(2), per_class=2, test_per_class=2)
+    refused(DataError, "too few", data=(few,))
+
+
+def test_a_changed_comparison_is_refused_and_a_grown_one_is_not(
+    finished: tuple[CompareConfig, list[dict[str, Any]]],
+) -> None:
+    config, _ = finished
+    with pytest.raises(RunFolderError, match="epochs = 1, now it is 9"):
+        compare(dataclasses.replace(config, epochs=9))
+    with pytest.raises(RunFolderError, match=r"optim\.lr"):
+        compare(dataclasses.replace(config, optim=OptimConfig(batch_size=8, lr=0.5)))
+    more = dataclasses.replace(config, methods="l2,l2+l1,l2+lowres", dry_run=True)
+    assert compare(more) == []
+
+
+def test_table_and_page(finished: tuple[CompareConfig, list[dict[str, Any]]], tmp_path: Path) -> None:
+    config, lines = finished
+    found = cells(lines, "l2+l1")
+    assert [(cell.row, cell.budget, cell.seeds) for cell in found] == [("l2", "1x", 2), ("l2+l1", "2x", 2)]
+    finals = {(line["row"], line["seed"]): line["test"] for line in lines if line["kind"] == "final"}
+    pruned = found[1]
+    assert pruned.mean == pytest.approx((finals["l2+l1", 0] + finals["l2+l1", 1]) / 2)
+    assert pruned.ratio is not None
+    assert pruned.ratio >= 2
+    assert pruned.dense is not None
+    assert pruned.dense.mean == pytest.approx(pruned.mean - (finals["l2", 0] + finals["l2", 1]) / 2)
+    note = footnote(found, "l2+l1", config.trials)
+    write_tables(tmp_path, found, note)
+    assert markdown(found, note) == (tmp_path / "table.md").read_text()
+    assert json.loads((tmp_path / "table.json").read_text())["cells"][1]["row"] == "l2+l1"
+    page = write_page(tmp_path, found, note).read_text()
+    assert "<svg" in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "")
+
+
+def test_one_seed_is_compared_image_by_image(finished: tuple[CompareConfig, list[dict[str, Any]]]) -> None:
+    _, lines = finished
+    found = cells([line for line in lines if line["seed"] == 0], "l2+l1")
+    assert found[1].dense is not None
+    assert found[1].dense.how == "McNemar, 30 images"
+
+
+def test_paired_t_by_hand() -> None:
+    d = paired([0.9, 0.8, 0.7], [0.8, 0.6, 0.6])
+    assert d.mean == pytest.approx(0.4 / 3)
+    error = (((0.1 - d.mean) ** 2 * 2 + (0.2 - d.mean) ** 2) / 2) ** 0.5 / 3**0.5
+    assert d.low == pytest.approx(d.mean - 4.302653 * error, rel=1e-5)
+    assert not d.clear
+    assert paired([0.5], [0.4]).low is None
+    assert paired([0.5, 0.6], [0.4, 0.5]).clear  # the same difference twice
+
+
+def test_mcnemar_by_hand() -> None:
+    d = paired_images("1" * 10 + "0" * 10, "1" * 4 + "0" * 16)  # 6 better, 0 worse
+    assert d.mean == pytest.approx(0.3)
+    assert d.p == pytest.approx(2 * 0.5**6)
+    assert d.low is not None
+    assert 0 < d.low < 0.3
+    with pytest.raises(ValueError, match="same images"):
+        paired_images("10", "1")
+
+
+def test_from_the_command_line(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["compare", str(room / "photos"), "--out", str(tmp_path / "out"), "--methods", "l2,l2+lowres",
+                 "--budgets", "2x", "--seeds", "1", "--epochs", "1", "--base-epochs", "1", "--source",
+                 str(room / "source"), "--data-options.input-size", "32", "--data-options.workers", "0",
+                 "--optim.batch-size", "8"]  # fmt: skip
+    assert main(arguments) == 0
+    assert "l2+lowres" in capsys.readouterr().out
+    assert (tmp_path / "out/compare.html").is_file()
+    assert main([*arguments, "--optim.lr", "0.5"]) == 2
+    assert "optim.lr" in capsys.readouterr().err
