@@ -258,9 +258,8 @@ class Setup:
         self.origin, self._pretrained_cfg, self._preprocess_of_run = f"the run {path}", None, run.preprocess
         if has_selection(run.model):
             set_density(run.model, 1.0)
-            for gate in gates(run.model).values():  # a new task chooses anew
-                gate.kept.fill_(True)
-                gate.dynamic.fill_(True)
+            for gate in gates(run.model).values():
+                gate.reset_masks()
         # The same classes: the run is this task's own dense network, and its classifier is worth keeping.
         self.is_base = run.labels == tuple(classes)
         if not self.is_base:
