@@ -47,6 +47,7 @@ from afds.transfer import (
     NearStart,
     Regulariser,
     channel_weights,
+    map_variances,
 )  # fmt: skip
 
 IMAGES_SEEN = 60_000  # by default a training shows about so many images ...
@@ -178,8 +179,9 @@ class Setup:
             if self.rehearsal:  # weighing channels takes as long as some epochs
                 return [], teacher
             labelled = self._labelled(self.splits.train, c.transfer.delta_images)
+            variances = map_variances(teacher, labelled)
             weights = channel_weights(teacher, features, labelled, len(self.splits.classes))
-            return [Delta(c.transfer.delta, weights)], teacher
+            return [Delta(c.transfer.delta, weights, variances)], teacher
         d, blocks = c.distillation, residual_blocks(network) if self.is_base and c.distillation.hints > 0 else []
         teacher = FrozenNetwork(dense_network, features, blocks).to(device)
         sizes = feature_sizes(teacher, torch.zeros(1, 3, size, size, device=device))
