@@ -95,7 +95,7 @@ class DistillationConfig:
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """Weights of l2-sp and DELTA (both at the published 0.01)."""
+    """Weights of l2-sp (the published 0.01) and DELTA (0.01 in our units, see transfer/delta.py)."""
 
     l2_sp: float = 0.01
     """Weight alpha of L2-SP."""
