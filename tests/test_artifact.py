@@ -117,7 +117,7 @@ def test_damaged_file(run: Path, name: str, damage: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("format", 2, "format '2' is not known"),
+        ("format", 3, "format '3' is not known"),
         ("format", True, "format"),
         ("arch", "hf_hub:someone/resnet18", "not the plain name"),
         ("arch", "hf-hub:someone/resnet18", "not the plain name"),

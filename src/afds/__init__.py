@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from afds._torchvision import mend_torchvision
 
 if TYPE_CHECKING:
+    from afds.compaction import compact, static
     from afds.config import FitConfig
     from afds.distillation import AttentiveDistillation
     from afds.fitting import fit
@@ -30,10 +31,12 @@ __all__ = [
     "FitConfig",
     "SelectionConfig",
     "__version__",
+    "compact",
     "fit",
     "load",
     "select",
     "set_density",
+    "static",
 ]
 
 mend_torchvision()  # waits for whoever imports torchvision first, timm say; costs nothing until then
@@ -41,10 +44,12 @@ _HOMES = {
     "AttentiveDistillation": "distillation",
     "FitConfig": "config",
     "SelectionConfig": "selection",
+    "compact": "compaction",
     "fit": "fitting",
     "load": "inference",
     "select": "selection",
     "set_density": "selection",
+    "static": "compaction",
 }
 
 

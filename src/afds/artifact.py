@@ -23,15 +23,18 @@ import safetensors.torch as safetensors_torch
 import torch
 from torch import Tensor, nn
 
+from afds import compaction
 from afds.architecture import build_network, check_architecture
 from afds.compression.widths import narrow, widths
 from afds.config import from_json, to_json
 from afds.data.preprocess import Preprocess
 from afds.errors import AfdsError, RunFolderError
 from afds.files import read_bytes, read_json, write_atomic, write_json
-from afds.selection import FollowingGate, Gate, SelectionConfig, select, selective_units, set_density
+from afds.graph import is_channels_last
+from afds.selection import FollowingGate, Gate, SelectionConfig, gates, select, selective_units, set_density
 
 FORMAT = 1
+FORMAT_COMPACT = 2  # with `compact`: the widths that are left; a reader of format 1 could not build it
 WEIGHTS = "model.safetensors"
 STRUCTURE = "structure.json"
 LABELS = "labels.json"
@@ -75,7 +78,8 @@ def save_run(
 ) -> None:
     """Write `model` and what belongs to it into the folder `out`, which is made where it is missing.
 
-    model: what `timm.create_model(arch, num_classes=..., **arch_args)` builds, plain or with selection.
+    model: what `timm.create_model(arch, num_classes=..., **arch_args)` builds, plain or with selection, as it is or
+        after `compact`.
     selection: what `select` was called with; None for a plain network.
     summary: what it costs; plain JSON values, for the report.
     Raises RunFolderError where the folder cannot be written, or would not load again.
@@ -95,16 +99,18 @@ def save_run(
         )
     labels = check_labels(list(labels), num_classes, str(out))
     weights = _pack(model, out)
+    compact = describe_compaction(model) if units else {}  # a plain network tells all its widths
     structure = {
-        "format": FORMAT,
+        "format": FORMAT_COMPACT if compact else FORMAT,
         "arch": arch,
         "arch_args": arch_args,
         "num_classes": num_classes,
-        "memory_format": "channels_last" if _is_channels_last(model) else "contiguous",
+        "memory_format": "channels_last" if is_channels_last(model) else "contiguous",
         "selection": None if selection is None else to_json(selection),
         "widths": cut,
         "weights": {"file": WEIGHTS, "sha256": hashlib.sha256(weights).hexdigest(), "bytes": len(weights)},
         "units": units,
+        **({"compact": compact} if compact else {}),
         "cost": summary,
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -192,6 +198,14 @@ def describe_units(model: nn.Module) -> dict[str, dict[str, Any]]:
     return units
 
 
+def describe_compaction(model: nn.Module) -> dict[str, dict[str, int]]:
+    """What was cut: channels left of each convolution, rows left of each predictor; empty where nothing was."""
+    left = {"widths": compaction.widths(model), "predictors": {
+        name: gate.predictor.out_channels for name, gate in gates(model).items() if gate.predicted is not None
+    }}  # fmt: skip
+    return left if any(left.values()) else {}
+
+
 def check_labels(labels: Any, num_classes: int, where: str) -> tuple[str, ...]:
     """Class names from a file. Raises RunFolderError naming `where`: not `num_classes` distinct names."""
     if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
@@ -220,23 +234,15 @@ def _pack(model: nn.Module, out: Path) -> bytes:
     return safetensors_torch.save(tensors)
 
 
-def _is_channels_last(model: nn.Module) -> bool:
-    """Whether the weights lie channels-last: the kernels chosen, hence the last bits, depend on it."""
-    told = [  # a weight of one input channel or one tap lies both ways at once
-        p for p in model.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] * p.shape[3] > 1
-    ]
-    return bool(told) and all(p.is_contiguous(memory_format=torch.channels_last) for p in told)
-
-
 def _read_structure(path: Path) -> dict[str, Any]:
     """structure.json with every key there and of its kind."""
     structure = read_json(path)
     if not isinstance(structure, dict):
         raise RunFolderError(f"{path}: should hold an object.")
-    if structure.get("format") != FORMAT or type(structure.get("format")) is not int:
+    if structure.get("format") not in (FORMAT, FORMAT_COMPACT) or type(structure.get("format")) is not int:
         raise RunFolderError(
             f"{path}: format {str(structure.get('format'))[:40]!r} is not known to this afds, "
-            f"which reads {FORMAT}. Install the afds that wrote the run."
+            f"which reads {FORMAT} and {FORMAT_COMPACT}. Install the afds that wrote the run."
         )
     kinds: dict[str, type | tuple[type, ...]] = {
         "arch": str,
@@ -248,6 +254,8 @@ def _read_structure(path: Path) -> dict[str, Any]:
         "units": dict,
         "cost": dict,
     }
+    if structure["format"] == FORMAT_COMPACT:
+        kinds["compact"] = dict
     for name, kind in kinds.items():
         if name not in structure or not isinstance(structure[name], kind):
             raise RunFolderError(f"{path}: {name} is missing or of the wrong kind.")
@@ -264,6 +272,8 @@ def _read_structure(path: Path) -> dict[str, Any]:
 
 def _rebuild(structure: dict[str, Any], selection: SelectionConfig | None, weights: bytes) -> nn.Module:
     model = build_network(structure["arch"], structure["arch_args"], structure["num_classes"])
+    left = structure["compact"] if structure["format"] == FORMAT_COMPACT else {}
+    compaction.narrow(model, _numbers(left, "widths"))
     # Every weight of the plain network is in the file. Checked before select(), which copies: an architecture
     # of absurd widths costs no memory until its weights are touched.
     size = sum(p.numel() * p.element_size() for p in model.parameters() if p.dim() == 4)
@@ -275,13 +285,40 @@ def _rebuild(structure: dict[str, Any], selection: SelectionConfig | None, weigh
         narrow(model, structure["widths"])
     if selection is not None:
         model = select(model, selection).eval()
+        _resize_predictors(model, _numbers(left, "predictors"))
         set_density(model, _densities(structure["units"]))
     if structure["memory_format"] == "channels_last":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.load_state_dict(_unpack(weights, model.state_dict()), strict=True)
     if describe_units(model) != structure["units"]:
         raise RunFolderError(f"{STRUCTURE}: its units do not describe the network in {WEIGHTS}.")
+    for name, gate in gates(model).items():
+        if gate.predicted is not None and (
+            int(gate.predicted.sum()) != gate.predictor.out_channels or bool((gate.dynamic & ~gate.predicted).any())
+        ):
+            raise RunFolderError(f"{WEIGHTS}: the masks of {name} do not go with the rows of its predictor.")
     return model
+
+
+def _numbers(left: dict[str, Any], key: str) -> dict[str, Any]:
+    found = left.get(key, {})
+    if not isinstance(found, dict):
+        raise RunFolderError(f"{STRUCTURE}: compact.{key} should be an object.")
+    return found
+
+
+def _resize_predictors(model: nn.Module, rows: dict[str, Any]) -> None:
+    chosen = gates(model)
+    for name, count in rows.items():
+        if name not in chosen:
+            raise RunFolderError(f"{STRUCTURE}: compact.predictors: there is no predictor {name[:80]!r}.")
+        most = chosen[name].predictor.out_channels
+        if type(count) is not int or not 0 <= count <= most:
+            raise RunFolderError(
+                f"{STRUCTURE}: rows of the predictor {name[:80]!r} are {str(count)[:40]}, which should be a whole "
+                f"number up to {most}."
+            )
+        chosen[name].resize_rows(count)
 
 
 def _widths_if_cut(model: nn.Module, arch: str, arch_args: dict[str, Any], num_classes: int) -> dict[str, Any] | None:

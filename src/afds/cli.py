@@ -22,6 +22,8 @@ afds makes a classifier for your photos from a pretrained network, at a fraction
                                       train on PHOTOS/CLASS/*.jpg (from --source resnet50)
   afds evaluate RUN PHOTOS            accuracy and MACs on labelled photos
   afds predict RUN cat.jpg more/      what is in a photo
+  afds export RUN --format onnx       one file for a runtime, checked against the network
+  afds measure RUN                    time it beside its dense peer, in every runtime that is installed
   afds compare PHOTOS --methods l2,l2+l1,afds --out DIR
                                       which method is worth it: same budgets, tuning and seeds for all
   afds report RUN                     draw RUN/report.html again
@@ -31,7 +33,7 @@ afds makes a classifier for your photos from a pretrained network, at a fraction
 RUN is a folder: weights, class names, preprocessing, structure, and the record of how it came about.
 `afds VERB --help` tells a verb's options, `afds --version` the version.
 """
-VERBS = ("fit", "evaluate", "predict", "report", "compare", "prepare", "demo")
+VERBS = ("fit", "evaluate", "predict", "export", "measure", "report", "compare", "prepare", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -78,11 +78,61 @@ class Predict:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """Time a run and its dense peer in every runtime that is installed, on this machine.
+
+    Saves RUN/measure.json, which the report shows.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folder, as `afds fit` wrote it."""
+    threads: tuple[int, ...] = ()
+    """Numbers of threads. Default: one, and all cores."""
+    batch: tuple[int, ...] = (1,)
+    """Images at a time."""
+    only: tuple[str, ...] = ()
+    """Only these of: dense static dynamic, and torch compiled onnx openvino native."""
+    rounds: int = 15
+    """Rounds in which each row is timed once."""
+    data: Path | None = None
+    """Photos on which the static network is frozen. Default: those the run was fitted on."""
+    profile: bool = False
+    """Also show where the native runtime spends its time, by layer."""
+    json: Path | None = None
+    """Also write the result into this file."""
+
+
+@dataclass(frozen=True)
 class Report:
     """Draw report.html again from the files of a run folder, also of one that is still training."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run as one file for a runtime, and compare the file's accuracy with the network's.
+
+    Without --static the file gathers its weights per image and so skips in stock runtimes, one image at a time.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folder, as `afds fit` wrote it."""
+    format: Literal["onnx", "openvino", "torch"] = "onnx"
+    """`onnx`: ONNX Runtime and others. `openvino`: its IR (.xml, .bin). `torch`: torch.export's .pt2."""
+    static: bool = False
+    """Freeze the selection to what the training images use most: a smaller plain network, any batch size."""
+    out: Path | None = None
+    """File to write. Default: RUN/model.onnx (.xml, .pt2), with --static RUN/static.onnx."""
+    data: Path | None = None
+    """Photos to compare on (and, with --static, to count winners on). Default: those the run was fitted on."""
+    tolerance: float = 0.5
+    """Points of validation accuracy by which file and network may differ; more fails, and leaves no file."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tolerance <= 100:
+            raise ConfigError(f"--tolerance must be from 0 to 100 points, got {self.tolerance}.")
 
 
 def run(verb: str, arguments: list[str]) -> int:
@@ -98,6 +148,8 @@ def run(verb: str, arguments: list[str]) -> int:
         "fit": _fit,
         "evaluate": _evaluate,
         "predict": _predict,
+        "export": _export,
+        "measure": _measure,
         "report": _report,
         "compare": _compare,
         "demo": _demo,
@@ -206,6 +258,62 @@ def _report(arguments: list[str]) -> int:
     from afds.report import write_report
 
     print(write_report(options.run))
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    o = tyro.cli(Export, prog="afds export", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    from afds.export import export_run
+
+    console = Console(highlight=False)
+    made = export_run(o.run, o.format, static_form=o.static, out=o.out, data=o.data, tolerance=o.tolerance,
+                      say=lambda line: console.print(line, markup=False, soft_wrap=True))  # fmt: skip
+    console.print(f"{made.path}: {made.form}, {made.macs_ratio:.2f}x fewer MACs than dense", markup=False,
+                  soft_wrap=True)  # fmt: skip
+    if made.model is not None and made.network is not None and made.file is not None:
+        frozen = f", frozen {made.network:.1%}" if made.form == "static" else ""
+        console.print(f"accuracy on {made.images} {made.split} images: run {made.model:.1%}{frozen}, "
+                      f"file {made.file:.1%}", markup=False, soft_wrap=True)  # fmt: skip
+        if made.network < made.model - 0.01:
+            console.print(f"note: freezing the selection costs {100 * (made.model - made.network):.1f} points.",
+                          markup=False, soft_wrap=True)  # fmt: skip
+    return 0
+
+
+def _measure(arguments: list[str]) -> int:
+    o = tyro.cli(Measure, prog="afds measure", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    from afds.files import write_json
+    from afds.measure import measure_run
+
+    console = Console(highlight=False)
+    result = measure_run(o.run, threads=o.threads, batches=o.batch, only=o.only, rounds=o.rounds, data=o.data,
+                         profile=o.profile, say=lambda line: console.print(line, markup=False))  # fmt: skip
+    if o.json is not None:
+        write_json(o.json, result.to_dict())
+    console.print(f"{result.arch}, {result.input_size} px, float32, {result.hardware['cpu']}", markup=False)
+    for threads, batch in dict.fromkeys((row.threads, row.batch) for row in result.rows):
+        table = Table(title=f"threads {threads}, batch {batch}: median ms (quarters)")
+        for name in ("network", "runtime", "ms", "p90", "speed-up", "MACs", "share"):
+            table.add_column(name, justify="left" if name in ("network", "runtime") else "right", no_wrap=True)
+        for row in (r for r in result.rows if (r.threads, r.batch) == (threads, batch)):
+            share = "" if row.share is None else f"{row.share:.2f}"
+            median = f"{row.median_ms:.2f} ({row.low_ms:.2f}-{row.high_ms:.2f})"
+            ratios = (f"{row.speedup:.2f}x", f"{row.macs_ratio:.2f}x fewer", share)
+            table.add_row(row.form, row.runtime, median, f"{row.p90_ms:.2f}", *ratios)
+        console.print(table)
+    if result.profile:
+        layers = Table(title="native runtime, one thread, by layer")
+        for name in result.profile[0]:
+            layers.add_column(name)
+        for layer in result.profile:
+            layers.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in layer.values()))
+        console.print(layers)
+    if result.accuracy is not None:
+        console.print(f"validation accuracy of the run: {result.accuracy:.1%}")
+    for what, why in result.skipped.items():
+        console.print(f"left out: {what}: {why}", markup=False, soft_wrap=True)
+    for line in result.verdict:
+        console.print(line, markup=False, soft_wrap=True)
     return 0
 
 

@@ -95,7 +95,7 @@ class DistillationConfig:
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """Weights of l2-sp and DELTA (both at the published 0.01)."""
+    """Weights of l2-sp (the published 0.01) and DELTA (0.01 in our units, see transfer/delta.py)."""
 
     l2_sp: float = 0.01
     """Weight alpha of L2-SP."""
@@ -157,8 +157,8 @@ class DescentConfig:
     after each stage of the fall (ours, method afds; fewer where memory is short). 0: not."""
     ridge: float = 0.1
     """How strongly that refit holds the weights where they were, as a share of its inputs' power."""
-    lr: float = 0.25
-    """Peak learning rate where the density falls, as a multiple of optim.lr: a refitted network needs less."""
+    lr: float = 1.0
+    """Peak learning rate where the density falls, as a multiple of optim.lr."""
     reestimate: int = 64
     """After the last step: batches of training images on which the batch norms' statistics are measured anew (ours)."""
     images: int = 64

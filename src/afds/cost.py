@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from afds.errors import SourceError
-from afds.graph import ADDS, MULS, is_sigmoid, passes_channels, trace
+from afds.graph import ADDS, MULS, full_shape, is_sigmoid, passes_channels, trace
 from afds.selection import Gate, SelectiveConvBN, selective_units
 
 
@@ -61,7 +61,7 @@ class Cost:
 
     @property
     def dense(self) -> float:
-        """MACs of the network before anything was saved."""
+        """MACs of the network before anything was saved: without selection, before compaction or pruning."""
         return self.reference or sum(layer.dense for layer in self.layers.values())
 
     @property
@@ -222,24 +222,27 @@ class _Counter(fx.Interpreter):
         b, g = into_BC.shape[0], conv.groups
         per_group_in = into_BC.view(b, g, -1).sum(2).double()
         per_group_out = active_BC.view(b, g, -1).sum(2).double()
-        self._add(name, into_BC, active_BC,
-                  dense=taps * conv.in_channels * conv.out_channels // g,
+        full_in, full_out, full_groups = full_shape(conv)
+        self._add(name, into_BC, active_BC, full_shape(conv),
+                  dense=taps * full_in * full_out // full_groups,
                   conv=taps * float((per_group_in * per_group_out).sum(1).mean()))  # fmt: skip
 
     def _linear(self, name: str, linear: nn.Linear, into_BC: Tensor, out: Tensor) -> None:
         if into_BC.shape[1] != linear.in_features:
             into_BC = torch.ones(into_BC.shape[0], linear.in_features, dtype=torch.bool, device=out.device)
-        self._add(name, into_BC, torch.ones(out.shape[:2], device=out.device),
-                  dense=linear.in_features * linear.out_features,
+        full = full_shape(linear)
+        self._add(name, into_BC, torch.ones(out.shape[:2], device=out.device), full, dense=full[0] * full[1],
                   conv=float(into_BC.sum(1).double().mean()) * linear.out_features)  # fmt: skip
 
-    def _add(self, name: str, into_BC: Tensor, active_BC: Tensor, *, dense: float, conv: float) -> None:
+    def _add(
+        self, name: str, into_BC: Tensor, active_BC: Tensor, full: tuple[int, int, int], *, dense: float, conv: float
+    ) -> None:
         if name in self.cost.layers:
             raise SourceError(f"{name} runs twice in one forward; its cost cannot be told by layer.")
         self.cost.layers[name] = LayerCost(
             dense=float(dense), conv=conv,
             active_in=float(into_BC.sum(1).double().mean()), active_out=float(active_BC.sum(1).double().mean()),
-            channels_in=into_BC.shape[1], channels_out=active_BC.shape[1],
+            channels_in=full[0], channels_out=full[1],
         )  # fmt: skip
 
     def _conv_mlp(self, n: fx.Node, module: nn.Module, x: Tensor, out: Tensor) -> None:

@@ -27,3 +27,7 @@ class TrainingError(AfdsError):
 
 class ConfigError(AfdsError):
     """An option with a value that makes no sense."""
+
+
+class ExportError(AfdsError):
+    """A network that a format cannot hold, or an export that does not compute what the network does."""

@@ -174,22 +174,8 @@ def evaluate_folder(
     Raises RunFolderError for the run, DataError for the folder: among others a class that the run does not
     know, a split that is not there; and for the runtime what `inference.Model` raises.
     """
-    if split not in SPLITS:
-        raise DataError(f"{split!r} is no split; choose one of {', '.join(SPLITS)}.")
-    run, folder = load_run(run_path), scan(data_path)
-    labels = {name: position for position, name in enumerate(run.labels)}
-    if strangers := [name for name in folder.classes if name not in labels]:
-        more = f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""
-        raise DataError(
-            f"{folder.root}: the run does not know the classes {', '.join(map(repr, strangers[:5]))}{more}. "
-            f"It knows {', '.join(map(repr, run.labels[:5]))}{', ...' if len(run.labels) > 5 else ''}. "
-            "Rename these folders or take them out."
-        )
-    chosen, items, notes = _choose(run, folder, split)
-    items = tuple(Item(item.path, labels[folder.classes[item.label]]) for item in items)
-    absent = len(run.labels) - len({item.label for item in items})
-    if absent:
-        notes.append(f"{absent} of the run's {len(run.labels)} classes have no image here.")
+    run = load_run(run_path)
+    chosen, items, notes = labelled_items(run, data_path, split)
     dataset = ImageDataset(items, eval_transform(run.preprocess))
     loader = make_loader(dataset, batch_size=batch_size, shuffle=False, seed=0, workers=workers)
     model = Model(run, device, runtime=runtime)
@@ -203,7 +189,31 @@ def evaluate_folder(
 
         meter = ExecutedMacs(model.executor, model.network, reference)
     metrics = evaluate(model.network, loader, len(run.labels), device, count_macs=meter, progress=progress)
-    return FolderResult(chosen, metrics, run.labels, (*folder.warnings, *notes))
+    return FolderResult(chosen, metrics, run.labels, tuple(notes))
+
+
+def labelled_items(run: Run, data_path: Path | str, split: str = "auto") -> tuple[str, tuple[Item, ...], list[str]]:
+    """The images of a split with the run's own labels; the split's name, the items, and notes for the reader.
+
+    Raises DataError for the folder: a class that the run does not know, a split that is not there.
+    """
+    if split not in SPLITS:
+        raise DataError(f"{split!r} is no split; choose one of {', '.join(SPLITS)}.")
+    folder = scan(data_path)
+    labels = {name: position for position, name in enumerate(run.labels)}
+    if strangers := [name for name in folder.classes if name not in labels]:
+        more = f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""
+        raise DataError(
+            f"{folder.root}: the run does not know the classes {', '.join(map(repr, strangers[:5]))}{more}. "
+            f"It knows {', '.join(map(repr, run.labels[:5]))}{', ...' if len(run.labels) > 5 else ''}. "
+            "Rename these folders or take them out."
+        )
+    chosen, items, notes = _choose(run, folder, split)
+    items = tuple(Item(item.path, labels[folder.classes[item.label]]) for item in items)
+    absent = len(run.labels) - len({item.label for item in items})
+    if absent:
+        notes.append(f"{absent} of the run's {len(run.labels)} classes have no image here.")
+    return chosen, items, [*folder.warnings, *notes]
 
 
 def _choose(run: Run, folder: Folder, split: str) -> tuple[str, tuple[Item, ...], list[str]]:

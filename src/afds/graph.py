@@ -138,6 +138,24 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
     return conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
 
 
+def full_shape(module: nn.Conv2d | nn.Linear) -> tuple[int, int, int]:
+    """(inputs, outputs, groups) of a layer before anything was cut from it: what the dense network has."""
+    known: tuple[int, int, int] | None = getattr(module, "full_shape", None)
+    if known is not None:
+        return known
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features, 1
+    return module.in_channels, module.out_channels, module.groups
+
+
+def is_channels_last(model: nn.Module) -> bool:
+    """Whether the weights lie channels-last: the kernels chosen, hence the last bits, depend on it."""
+    told = [  # a weight of one input channel or one tap lies both ways at once
+        p for p in model.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] * p.shape[3] > 1
+    ]
+    return bool(told) and all(p.is_contiguous(memory_format=torch.channels_last) for p in told)
+
+
 def convbn_units(model: nn.Module) -> list[ConvBN]:
     """All ConvBN units of a plain network, in the order in which they run.
 

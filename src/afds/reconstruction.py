@@ -216,9 +216,10 @@ def _refit(
     whole_DC[d[:, None], c[None]] = w_DC
     conv.weight.copy_(whole_DC.t().reshape(conv.weight.shape))
     y_NC = x_ND @ w_DC
-    norm.running_mean[used], norm.running_var[used] = y_NC.mean(0), y_NC.var(0)
+    bias_C = conv.bias[used] if conv.bias is not None else 0.0
+    norm.running_mean[used], norm.running_var[used] = y_NC.mean(0) + bias_C, y_NC.var(0)
     power = z_NC.var(0).mean().clamp_min(1e-12)
-    return float(miss_NC.var(0).mean() / power), float((z_NC - y_NC).var(0).mean() / power)
+    return float(miss_NC.var(0).mean() / power), float((z_NC - y_NC).var(0).mean() / power)  # a bias varies nothing
 
 
 def _measure_norm(unit: SelectiveConvBN, inputs: list[Tensor]) -> None:

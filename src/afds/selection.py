@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afds.errors import ConfigError
-from afds.graph import ConvBN, convbn_units
+from afds.graph import ConvBN, convbn_units, full_shape
 
 
 @dataclass(frozen=True)
@@ -79,22 +79,26 @@ def winner_take_all(score_BC: Tensor, k: int) -> Tensor:
     return torch.zeros_like(positive_BC).scatter(1, index_Bk, True) & positive_BC
 
 
+# A channel that is active on no training image has a pooled variance of 0. With batch norm's usual 1e-5 the first
+# image on which it wakes is 316 standard deviations out, saliencies jump to their cap, and so on in every layer after
+# (seen: logits of 1e14 on one validation image in 303). Variances of live channels are 0.01 to 0.6.
+POOLED_EPS = 1e-2
 HEADROOM = 10.0  # ceiling of a saliency, as a multiple of the largest gamma at the start
 
 
 class Predictor(nn.Module):
     """h = relu(GAP(x) W + b), capped, with the pooled input standardised if asked."""
 
-    def __init__(self, in_channels: int, start_C: Tensor, config: SelectionConfig) -> None:
+    def __init__(self, in_channels: int, start_C: Tensor, config: SelectionConfig, full_channels: int = 0) -> None:
         super().__init__()
         out_channels = start_C.numel()
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.standardise = nn.BatchNorm1d(in_channels, affine=False) if config.standardise else None
+        self.standardise = nn.BatchNorm1d(in_channels, eps=POOLED_EPS, affine=False) if config.standardise else None
         self.rank = 0
         self.reduce: nn.Linear | None = None
         if config.predictor == "low-rank":
-            self.rank = math.ceil(out_channels / config.rank_divisor)
+            self.rank = math.ceil((full_channels or out_channels) / config.rank_divisor)
             self.reduce = nn.Linear(in_channels, self.rank, bias=False)
         self.weight = nn.Parameter(torch.zeros(out_channels, self.rank or in_channels))
         self.bias = nn.Parameter(start_C.clone())
@@ -131,13 +135,14 @@ class Gate(nn.Module):
         config: SelectionConfig,
         *,
         leads: bool = False,
+        full_channels: int = 0,
     ) -> None:
         super().__init__()
         # A zero saliency is never active, so a channel that lives by its bias alone keeps a saliency of 1e-6. So
         # does a dead one that leads a depthwise convolution, which makes a constant, not zero, of it.
         start_C = gamma_C.abs().clamp_min(1e-6) * ((gamma_C != 0) | (beta_C != 0) | leads)
         channels = gamma_C.numel()
-        self.predictor = Predictor(in_channels, start_C, config)
+        self.predictor = Predictor(in_channels, start_C, config, full_channels)
         self.gamma = nn.Parameter(start_C.clone())
         self.density = 1.0
         self.register_buffer("sign", torch.where(gamma_C < 0, -1.0, 1.0))
@@ -148,6 +153,8 @@ class Gate(nn.Module):
         self.dynamic: Tensor
         self.kept: Tensor
         self.importance: Tensor
+        self.register_buffer("predicted", None)  # after compaction: the channels that have a row in the predictor
+        self.predicted: Tensor | None
         self.active_BC: Tensor | None = None  # of the latest forward, for the depthwise units that follow
 
     @property
@@ -157,8 +164,44 @@ class Gate(nn.Module):
 
     def saliency(self, x_BCHW: Tensor) -> Tensor:
         """q: (B, C_out), not negative, before winner-take-all."""
-        q_BC = torch.where(self.dynamic, self.predictor(x_BCHW), F.relu(self.gamma))
+        if self.predicted is None:
+            q_BC = torch.where(self.dynamic, self.predictor(x_BCHW), F.relu(self.gamma))
+        else:
+            q_BC = F.relu(self.gamma).expand(x_BCHW.shape[0], -1)
+            if self.predictor.out_channels:
+                h_BC = q_BC.index_copy(1, self.predicted.nonzero().flatten(), self.predictor(x_BCHW))
+                q_BC = torch.where(self.dynamic, h_BC, q_BC)
         return q_BC * self.kept
+
+    def forget_static_rows(self) -> None:
+        """Cut the predictor's rows of the channels that are static or pruned: they stay so from now on."""
+        before = torch.ones_like(self.dynamic) if self.predicted is None else self.predicted
+        stay = self.dynamic & self.kept & before
+        if bool(stay.all()):
+            return
+        rows = stay[before].nonzero().flatten()
+        p = self.predictor
+        p.weight = nn.Parameter(p.weight.detach()[rows], requires_grad=p.weight.requires_grad)
+        p.bias = nn.Parameter(p.bias.detach()[rows], requires_grad=p.bias.requires_grad)
+        p.out_channels = len(rows)
+        self.predicted = stay
+        self.dynamic &= stay
+
+    def resize_rows(self, rows: int) -> None:
+        """Room for a predictor with so many rows, its contents undefined: to be loaded into."""
+        p = self.predictor
+        p.weight = nn.Parameter(p.weight.detach().new_empty(rows, p.weight.shape[1]))
+        p.bias = nn.Parameter(p.bias.detach().new_empty(rows))
+        p.out_channels = rows
+        self.predicted = torch.zeros_like(self.dynamic)
+
+    def reset_masks(self) -> None:
+        """A new task chooses anew, among the channels that are still there."""
+        if self.predicted is None:
+            self.kept.fill_(True)
+            self.dynamic.fill_(True)
+        else:
+            self.dynamic.copy_(self.predicted)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         q_BC = self.saliency(x_BCHW)
@@ -196,8 +239,9 @@ class SelectiveConvBN(nn.Module):
 
     is_selective_unit = True
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, gate: Gate | FollowingGate) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, gate: Gate | FollowingGate, path: str = "") -> None:
         super().__init__()
+        self.plain = (path, norm)  # where the norm stood and what it was; in a tuple, so not a child
         self.conv = conv
         self.gate = gate
         self.norm = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, affine=False)
@@ -255,8 +299,9 @@ def _replace(
     if unit.depthwise:
         gate = FollowingGate(gamma_C, [gates[name] for name in unit.leaders])
     else:
-        gate = Gate(conv.in_channels, gamma_C, beta_C, config, leads=leads).to(gamma_C.device)
-    _set(model, unit.name, SelectiveConvBN(conv, norm, gate).train(norm.training))
+        full = full_shape(conv)[1]  # before compaction, which leaves the rank as it was
+        gate = Gate(conv.in_channels, gamma_C, beta_C, config, leads=leads, full_channels=full).to(gamma_C.device)
+    _set(model, unit.name, SelectiveConvBN(conv, norm, gate, unit.norm).train(norm.training))
     # timm's BatchNormAct2d carries a dropout and the activation; they stay where the norm stood.
     rest = [m for m in (getattr(norm, "drop", None), getattr(norm, "act", None)) if isinstance(m, nn.Module)]
     rest = [m for m in rest if not isinstance(m, nn.Identity)]

@@ -48,6 +48,7 @@ from afds.transfer import (
     NearStart,
     Regulariser,
     channel_weights,
+    map_variances,
 )  # fmt: skip
 
 IMAGES_SEEN = 60_000  # by default a training shows about so many images ...
@@ -66,8 +67,10 @@ class Setup:
         AfdsError: anything that would stop the run later.
     """
 
-    def __init__(self, config: FitConfig, splits: Splits, fabric: Fabric) -> None:
+    def __init__(self, config: FitConfig, splits: Splits, fabric: Fabric, *, rehearsal: bool = False) -> None:
+        """rehearsal: only to see that it can be built; what takes long and cannot fail is left out."""
         self.config, self.splits, self.fabric = config, splits, fabric
+        self.rehearsal = rehearsal
         self.selection: SelectionConfig | None = None
         self._pretrained_cfg: dict[str, Any] | None = None
         self._preprocess_of_run: Preprocess | None = None
@@ -178,9 +181,12 @@ class Setup:
         features = stage_ends(network, units)
         if transfer == "delta":
             teacher = FrozenNetwork(self._anchor(dense_network), features, before_norm=True).to(device)
+            if self.rehearsal:  # weighing channels takes as long as some epochs
+                return [], teacher
             labelled = self._labelled(self.splits.train, c.transfer.delta_images)
+            variances = map_variances(teacher, labelled)
             weights = channel_weights(teacher, features, labelled, len(self.splits.classes))
-            return [Delta(c.transfer.delta, weights)], teacher
+            return [Delta(c.transfer.delta, weights, variances)], teacher
         d, blocks = c.distillation, residual_blocks(network) if self.is_base and c.distillation.hints > 0 else []
         teacher = FrozenNetwork(dense_network, features, blocks).to(device)
         sizes = feature_sizes(teacher, torch.zeros(1, 3, size, size, device=device))
@@ -258,9 +264,8 @@ class Setup:
         self.origin, self._pretrained_cfg, self._preprocess_of_run = f"the run {path}", None, run.preprocess
         if has_selection(run.model):
             set_density(run.model, 1.0)
-            for gate in gates(run.model).values():  # a new task chooses anew
-                gate.kept.fill_(True)
-                gate.dynamic.fill_(True)
+            for gate in gates(run.model).values():
+                gate.reset_masks()
         # The same classes: the run is this task's own dense network, and its classifier is worth keeping.
         self.is_base = run.labels == tuple(classes)
         if not self.is_base:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,5 +69,5 @@ def figure(found: Sequence[Cell], key: str) -> str:
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         stream = io.StringIO()
         drawing.savefig(stream, format="svg", metadata={"Date": None})
-    svg = stream.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", stream.getvalue(), flags=re.DOTALL)
     return svg[svg.index("<svg") :]

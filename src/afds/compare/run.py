@@ -97,7 +97,7 @@ def preflight(c: CompareConfig, console: Console) -> dict[str, str]:
                 try:
                     # The source step has data of its own and is checked by its own fit.
                     config = dataclasses.replace(whole_fit(c, row, data, budget, 0), source_data=None)
-                    Setup(resolve_method(config), splits, fabric)
+                    Setup(resolve_method(config), splits, fabric, rehearsal=True)
                 except AfdsError as error:
                     raise type(error)(f"{row.name} at {budget} on {data}: {error}") from error
     return prints

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from afds.errors import RunFolderError
+from afds.graph import full_shape
 
 CUTTABLE = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
 
@@ -120,6 +121,9 @@ def narrow(model: nn.Module, wanted: Any) -> None:
         if not _is_cut(value, original[name]):
             raise RunFolderError(f"widths: {name} is {str(value)[:60]}, which is no part of {original[name]}.")
         if value != original[name]:
+            layer = model.get_submodule(name)
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                layer.full_shape = full_shape(layer)  # type: ignore[assignment]  # the cost of the whole network
             _resize(model.get_submodule(name), *value)
 
 

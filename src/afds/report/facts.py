@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Facts:
     structure: dict[str, Any]
     labels: list[str]
     lines: list[dict[str, Any]]
+    measured: dict[str, Any] = field(default_factory=dict)
+    """measure.json, as `afds measure` wrote it."""
     base: Facts | None = None
     """The dense fine-tuning on the same photos that this run began with."""
 
@@ -85,12 +87,14 @@ def read_facts(run: Path) -> Facts:
 def _read(run: Path) -> Facts:
     labels = _json(run / "labels.json")
     config, structure = _json(run / "config.json"), _json(run / "structure.json")
+    measured = _json(run / "measure.json")
     return Facts(
         name=run.resolve().name,
         config=config if isinstance(config, dict) else {},
         structure=structure if isinstance(structure, dict) else {},
         labels=[str(name) for name in labels] if isinstance(labels, list) else [],
         lines=list(_lines(run / "metrics.jsonl")),
+        measured=measured if isinstance(measured, dict) else {},
     )
 
 

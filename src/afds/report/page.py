@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from importlib import resources
 from string import Template
 
-from afds.report import figures, layers
+from afds.report import figures, layers, speed
 from afds.report.facts import Facts, number, sub
 from afds.report.text import DOT, TIMES, compact, macs, margin, pairs, percent, text
 from afds.report.verdict import verdict
@@ -39,6 +39,7 @@ def render(facts: Facts) -> str:
     sections = (
         _headline(facts),
         _section("How it learned", _curves(facts)),
+        _section("What a stopwatch says", speed.table(facts)),
         _section("Where the work is", _layers(facts)),
         _section("Channels", _channels(facts)),
         _section("Classes", _classes(facts)),

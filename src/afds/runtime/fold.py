@@ -89,7 +89,8 @@ def _fold_predictor(gate: Gate, dynamic: Tensor) -> dict[str, np.ndarray]:
         assert norm.running_var is not None
         scale = (_f64(norm.running_var) + norm.eps).rsqrt() * channels**-0.5
         mean = _f64(norm.running_mean)
-    weight, bias = _f64(predictor.weight)[dynamic], _f64(predictor.bias)[dynamic]
+    rows = dynamic if gate.predicted is None else dynamic[gate.predicted]  # compacted: static channels have no row
+    weight, bias = _f64(predictor.weight)[rows], _f64(predictor.bias)[rows]
     reduce = _f64(predictor.reduce.weight) if predictor.reduce is not None else None
     first = (weight if reduce is None else reduce) * scale
     shift = first @ mean

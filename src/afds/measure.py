@@ -1,0 +1,343 @@
+"""`afds measure`: what a stopwatch says, beside what the MACs say.
+
+::
+
+    dense     the same architecture without selection      |  torch  compiled  onnx  openvino  native
+    static    selection frozen, compacted                  |  in alternating rounds, after warm-up,
+    dynamic   channels chosen per image                    |  for each number of threads and each batch
+
+    speed-up = median of the fastest dense row / median of this row      share = speed-up / MACs ratio
+
+All rows of one setting run in turn, round after round, so that what else the machine does hits all of them. The dense
+peer has the weights of the run's dense base where that is there, random ones otherwise: time does not depend on them.
+Everything is float32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from afds.architecture import build_network
+from afds.artifact import Run, is_run, load_run
+from afds.compaction import compact, static
+from afds.cost import has_selection, measure_cost
+from afds.errors import AfdsError, ConfigError
+from afds.export import training_batches
+from afds.export.formats import Predictor, onnx_bytes, open_onnx, open_openvino
+from afds.export.skipping import skipping_network
+from afds.files import write_json
+from afds.hardware import stamp
+
+FORMS = ("dense", "static", "dynamic")
+RUNTIMES = ("torch", "compiled", "onnx", "openvino", "native")
+NAME = "measure.json"
+WARM_UP = 3  # calls before the first that counts
+WORTH_IT = 1.1  # faster than the fastest dense row by less: nobody would notice
+
+
+@dataclass
+class Row:
+    """One network in one runtime, for one number of threads and images."""
+
+    form: str
+    runtime: str
+    threads: int
+    batch: int
+    median_ms: float
+    low_ms: float
+    """A quarter of the calls took less."""
+    high_ms: float
+    """A quarter took more."""
+    p90_ms: float
+    calls: int
+    macs_ratio: float
+    """Fewer MACs than dense."""
+    speedup: float = 0.0
+    """Over the fastest dense row of the same setting."""
+    share: float | None = None
+    """Of the MACs ratio that became time."""
+
+
+@dataclass
+class Measurement:
+    """All rows and what was measured on what."""
+
+    arch: str
+    input_size: int
+    when: str
+    hardware: dict[str, Any]
+    accuracy: float | None
+    """Validation accuracy of the run, as its record has it."""
+    rows: list[Row] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    verdict: list[str] = field(default_factory=list)
+    profile: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def measure_run(
+    run_path: Path | str,
+    *,
+    threads: Sequence[int] = (),
+    batches: Sequence[int] = (1,),
+    only: Sequence[str] = (),
+    rounds: int = 15,
+    data: Path | None = None,
+    profile: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Measurement:
+    """Time a run and its dense peer in every runtime that is installed; the result is saved as RUN/measure.json.
+
+    Args:
+        threads: by default one, and all cores.
+        only: names of forms and runtimes; empty: all of them.
+        data: photos to freeze the static network on; by default those of the run, where they still are.
+        profile: also where the time goes in the native runtime, by layer.
+    Raises:
+        ConfigError: a number or a name that makes no sense.
+        RunFolderError: of the run.
+    """
+    cores = os.cpu_count() or 1
+    threads = tuple(threads) or tuple(dict.fromkeys((1, cores)))
+    _check(threads, batches, only, rounds, cores)
+    run = load_run(run_path)
+    side = run.preprocess.input_size
+    result = Measurement(run.arch, side, datetime.now(UTC).isoformat(timespec="seconds"), _hardware(), _accuracy(run))
+    networks = _networks(run, data, [f for f in FORMS if not only or f in only or not set(only) & set(FORMS)], result)
+    noise = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    full = measure_cost(networks["dense"], [noise]).dense
+    ratios = {form: full / measure_cost(network, [noise]).counted for form, network in networks.items()}
+    runtimes = [r for r in RUNTIMES if not only or r in only or not set(only) & set(RUNTIMES)]
+    before = torch.get_num_threads()
+    try:
+        for count in threads:
+            for batch in batches:
+                say(f"{count} thread{'s' if count > 1 else ''}, batch {batch}")
+                result.rows += _setting(networks, runtimes, side, len(run.labels), count, batch, rounds, ratios, result)
+    finally:
+        torch.set_num_threads(before)
+    if profile:
+        result.profile = _profile(networks["dynamic"] if "dynamic" in networks else networks["dense"], side, result)
+    result.verdict = verdict(result.rows)
+    write_json(run.path / NAME, result.to_dict())
+    return result
+
+
+def _check(threads: Sequence[int], batches: Sequence[int], only: Sequence[str], rounds: int, cores: int) -> None:
+    for name, values, most in (("threads", threads, cores), ("batch", batches, 1024), ("rounds", (rounds,), 10_000)):
+        for value in values:
+            if not 1 <= value <= most:
+                raise ConfigError(f"--{name} must be from 1 to {most}, got {value}.")
+    for name in only:
+        if name not in (*FORMS, *RUNTIMES):
+            raise ConfigError(f"--only {name}: choose from {', '.join((*FORMS, *RUNTIMES))}.")
+
+
+def _networks(run: Run, data: Path | None, forms: list[str], result: Measurement) -> dict[str, nn.Module]:
+    """The networks to time, by form; dense is always among them."""
+    base = run.path / "base"
+    if not has_selection(run.model):
+        found: dict[str, nn.Module] = {"dense": run.model}
+        result.skipped |= {form: "this run selects nothing" for form in forms if form != "dense"}
+        return found
+    found = {}
+    if is_run(base):
+        dense = load_run(base)
+        if not has_selection(dense.model) and dense.arch == run.arch and dense.arch_args == run.arch_args:
+            found["dense"] = dense.model
+    if not found:
+        torch.manual_seed(0)
+        found["dense"] = _fresh(build_network(run.arch, run.arch_args, len(run.labels)))
+    if "static" in forms:
+        try:
+            found["static"] = static(run.model, training_batches(run, data))
+        except AfdsError as error:
+            result.skipped["static"] = str(error)
+    if "dynamic" in forms:
+        found["dynamic"] = compact(run.model)
+    return {form: network.to(memory_format=torch.contiguous_format).eval() for form, network in found.items()}  # type: ignore[call-overload]
+
+
+@torch.no_grad()
+def _fresh(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        nn.init.kaiming_normal_(parameter) if parameter.dim() > 1 else nn.init.zeros_(parameter)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+    return model
+
+
+def _setting(
+    networks: dict[str, nn.Module], runtimes: Sequence[str], side: int, classes: int, threads: int, batch: int,
+    rounds: int, ratios: dict[str, float], result: Measurement,
+) -> list[Row]:  # fmt: skip
+    """All rows of one number of threads and one batch, in turn."""
+    torch.set_num_threads(threads)
+    x = np.random.default_rng(0).standard_normal((batch, 3, side, side), dtype=np.float32)
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    for runtime in runtimes:
+        for form, network in networks.items():
+            try:
+                predict = OPENERS[runtime](network, form, side, classes, threads)
+                one_by_one = form == "dynamic" and runtime != "native" and batch > 1
+                call = _caller(predict, x, one_by_one)
+                for _ in range(WARM_UP):
+                    call()
+                calls[form, runtime] = call
+            except AfdsError as error:
+                result.skipped.setdefault(
+                    f"{form} in {runtime}" if "not built" not in str(error) else runtime, str(error)
+                )
+            except Exception as error:  # a runtime that cannot run this network
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                result.skipped.setdefault(f"{form} in {runtime}", reason[:200])
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    for _ in range(rounds):
+        for key, call in calls.items():
+            begun = time.perf_counter()
+            call()
+            seconds[key].append(time.perf_counter() - begun)
+    rows = [_row(form, runtime, threads, batch, times, ratios[form]) for (form, runtime), times in seconds.items()]
+    dense = [row.median_ms for row in rows if row.form == "dense"]
+    for row in rows:
+        row.speedup = min(dense) / row.median_ms if dense else 0.0
+        row.share = row.speedup / row.macs_ratio if row.form != "dense" and dense else None
+    return rows
+
+
+def _caller(predict: Predictor, x: np.ndarray, one_by_one: bool) -> Callable[[], Any]:
+    if not one_by_one:
+        return lambda: predict(x)
+    images = [x[i : i + 1] for i in range(len(x))]
+    return lambda: [predict(image) for image in images]
+
+
+def _row(form: str, runtime: str, threads: int, batch: int, times: list[float], ratio: float) -> Row:
+    ms = sorted(1e3 * t for t in times)
+
+    def at(share: float) -> float:
+        return float(np.quantile(ms, share))
+
+    return Row(form, runtime, threads, batch, statistics.median(ms), at(0.25), at(0.75), at(0.9), len(ms), ratio)
+
+
+# --- Runtimes: a network as something that computes
+
+
+def _torch(network: nn.Module, form: str, side: int, classes: int, threads: int) -> Predictor:
+    module = skipping_network(network, side) if form == "dynamic" else network
+    return _run_torch(module)
+
+
+def _compiled(network: nn.Module, form: str, side: int, classes: int, threads: int) -> Predictor:
+    module = skipping_network(network, side) if form == "dynamic" else network
+    return _run_torch(torch.compile(module))
+
+
+def _run_torch(module: Any) -> Predictor:
+    def predict(x_BCHW: np.ndarray) -> np.ndarray:
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return module(torch.from_numpy(x_BCHW)).numpy()
+
+    return predict
+
+
+def _onnx(network: nn.Module, form: str, side: int, classes: int, threads: int) -> Predictor:
+    _there("onnxruntime", "onnx")
+    return open_onnx(onnx_bytes(network, side, classes, form == "dynamic"), threads)
+
+
+def _openvino(network: nn.Module, form: str, side: int, classes: int, threads: int) -> Predictor:
+    _there("openvino", "openvino")
+    return open_openvino(onnx_bytes(network, side, classes, form == "dynamic"), threads)
+
+
+def _native(network: nn.Module, form: str, side: int, classes: int, threads: int) -> Predictor:
+    if importlib.util.find_spec("afds.runtime") is None:
+        raise ConfigError("the native runtime is not built into this afds")
+    from afds import runtime  # type: ignore[attr-defined]
+
+    if not runtime.is_built():
+        raise ConfigError("the native runtime is not built: install afds again where there is a C++ compiler")
+    return runtime.compile(network, input_size=side, threads=threads)
+
+
+def _there(package: str, extra: str) -> None:
+    for name in (package, "onnx", "onnxscript"):
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"{name} is not installed: pip install 'afds[{extra}]'")
+
+
+OPENERS: dict[str, Callable[[nn.Module, str, int, int, int], Predictor]] = {
+    "torch": _torch, "compiled": _compiled, "onnx": _onnx, "openvino": _openvino, "native": _native,
+}  # fmt: skip
+
+
+def _profile(network: nn.Module, side: int, result: Measurement) -> list[dict[str, Any]]:
+    """Time by layer in the native runtime, one thread, one image."""
+    try:
+        executor: Any = _native(network, "dynamic", side, 0, 1)
+    except AfdsError as error:
+        result.skipped["profile"] = str(error)
+        return []
+    x = np.random.default_rng(0).standard_normal((1, 3, side, side), dtype=np.float32)
+    return [asdict(layer) for layer in executor.profile(x)]
+
+
+# --- What it means
+
+
+def verdict(rows: Sequence[Row]) -> list[str]:
+    """One sentence for each setting, the bad news included."""
+    said = []
+    for threads, batch in dict.fromkeys((row.threads, row.batch) for row in rows):
+        here = [row for row in rows if (row.threads, row.batch) == (threads, batch)]
+        dense = min((r for r in here if r.form == "dense"), key=lambda r: r.median_ms, default=None)
+        best = min((r for r in here if r.form != "dense"), key=lambda r: r.median_ms, default=None)
+        if dense is None or best is None:
+            continue
+        setting = f"{threads} thread{'s' if threads > 1 else ''}, batch {batch}"
+        fastest = f"dense in {dense.runtime} takes {dense.median_ms:.1f} ms"
+        ours = f"{best.form} in {best.runtime} {best.median_ms:.1f} ms"
+        if best.speedup < WORTH_IT:
+            said.append(f"{setting}: not worth it, {fastest}, {ours}.")
+        else:
+            said.append(f"{setting}: {best.speedup:.2f}x faster ({fastest}, {ours}) with {best.macs_ratio:.2f}x fewer "
+                        "MACs.")  # fmt: skip
+    return said
+
+
+def _hardware() -> dict[str, Any]:
+    found = stamp("cpu", "32-true")
+    for name in ("onnxruntime", "openvino"):
+        if importlib.util.find_spec(name) is not None:
+            found["versions"][name] = metadata.version(name)
+    return found
+
+
+def _accuracy(run: Run) -> float | None:
+    """Validation accuracy in the run's record."""
+    from afds.record import Record
+
+    finals = Record(run.path, enabled=False).lines("final")
+    value = finals[-1].get("val", {}).get("top1") if finals else None
+    return float(value) if isinstance(value, int | float) else None

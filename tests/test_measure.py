@@ -1,0 +1,79 @@
+"""Rows are what was timed, ratios are taken within one run, and the bad news is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from afds.cli import main
+from afds.errors import ConfigError
+from afds.files import read_json
+from afds.measure import Row, measure_run, verdict
+from afds.report import write_report
+from afds.selection import SelectionConfig
+from runs import write_photos, write_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("measured")
+    write_run(path / "run", selection=SelectionConfig())
+    write_photos(path / "photos")
+    return path / "run"
+
+
+def test_every_network_in_every_runtime(run: Path) -> None:
+    result = measure_run(run, threads=(1,), batches=(1, 2), rounds=3, data=run.parent / "photos",
+                         only=("torch", "onnx", "openvino"))  # fmt: skip
+    wanted = {(f, r, b) for f in ("dense", "static", "dynamic") for r in ("torch", "onnx", "openvino") for b in (1, 2)}
+    assert {(row.form, row.runtime, row.batch) for row in result.rows} == wanted, result.skipped
+    assert not result.skipped
+    for batch in (1, 2):
+        here = [row for row in result.rows if row.batch == batch]
+        fastest = min(row.median_ms for row in here if row.form == "dense")
+        for row in here:
+            assert row.calls == 3
+            assert 0 < row.low_ms <= row.median_ms <= row.high_ms
+            assert row.speedup == pytest.approx(fastest / row.median_ms)
+            assert (row.share is None) == (row.form == "dense")
+            if row.share is not None:
+                assert row.share == pytest.approx(row.speedup / row.macs_ratio)
+                assert row.macs_ratio > 1.5
+    assert read_json(run / "measure.json")["rows"][0]["runtime"] == "torch"
+    assert result.hardware["versions"]["onnxruntime"]
+    page = write_report(run).read_text()
+    assert "What a stopwatch says" in page
+    assert "openvino" in page
+
+
+def test_what_is_left_out_says_why(run: Path) -> None:
+    result = measure_run(run, threads=(1,), rounds=1, only=("torch",))
+    assert "--data" in result.skipped["static"]
+    assert {row.form for row in result.rows} == {"dense", "dynamic"}
+
+
+def test_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["measure", str(run), "--only", "torch", "dynamic", "--threads", "1", "--rounds", "2"]
+    assert main([*arguments, "--json", str(tmp_path / "m.json")]) == 0
+    assert "threads 1, batch 1" in capsys.readouterr().out
+    assert len(read_json(tmp_path / "m.json")["rows"]) == 2  # the dense peer is always among them
+
+
+def row(form: str, ms: float, speedup: float = 1.0) -> Row:
+    return Row(form, "onnx", 1, 1, ms, ms, ms, ms, 9, 5.0, speedup)
+
+
+def test_not_worth_it_is_said() -> None:
+    (said,) = verdict([row("dense", 10), row("dynamic", 9.8, 1.02)])
+    assert "not worth it" in said
+    (said,) = verdict([row("dense", 10), row("dynamic", 4, 2.5)])
+    assert "2.50x faster" in said
+    assert "5.00x fewer" in said
+
+
+@pytest.mark.parametrize(("option", "value"), [("threads", (0,)), ("threads", (10_000,)), ("batches", (0,)),
+                                                ("only", ("magic",)), ("rounds", 0)])  # fmt: skip
+def test_nonsense_is_refused(run: Path, option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match="--"):
+        measure_run(run, **{option: value})
