@@ -293,13 +293,13 @@ def _measure(arguments: list[str]) -> int:
     console.print(f"{result.arch}, {result.input_size} px, float32, {result.hardware['cpu']}", markup=False)
     for threads, batch in dict.fromkeys((row.threads, row.batch) for row in result.rows):
         table = Table(title=f"threads {threads}, batch {batch}: median ms (quarters)")
-        for name in ("network", "runtime", "ms", "p90", "speed-up", "MACs", "share"):
+        for name in ("network", "runtime", "ms", "p90", "faster", "fewer MACs", "share"):
             table.add_column(name, justify="left" if name in ("network", "runtime") else "right", no_wrap=True)
         for row in (r for r in result.rows if (r.threads, r.batch) == (threads, batch)):
             share = "" if row.share is None else f"{row.share:.2f}"
-            median = f"{row.median_ms:.2f} ({row.low_ms:.2f}-{row.high_ms:.2f})"
-            ratios = (f"{row.speedup:.2f}x", f"{row.macs_ratio:.2f}x fewer", share)
-            table.add_row(row.form, row.runtime, median, f"{row.p90_ms:.2f}", *ratios)
+            median = f"{row.median_ms:.1f} ({row.low_ms:.1f}-{row.high_ms:.1f})"
+            ratios = (f"{row.speedup:.2f}x", f"{row.macs_ratio:.2f}x", share)
+            table.add_row(row.form, row.runtime, median, f"{row.p90_ms:.1f}", *ratios)
         console.print(table)
     if result.profile:
         layers = Table(title="native runtime, one thread, by layer")
