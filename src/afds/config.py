@@ -152,9 +152,9 @@ class DescentConfig:
     about the same per MAC (ours)."""
     floor: float = 0.4
     """With `importance`: no layer falls below this share of the uniform density."""
-    reconstruct: int = 768
+    reconstruct: int = 0
     """Training images on which the convolutions are refitted by least squares to the fine-tuned dense network's,
-    after each stage of the fall (ours, method afds; fewer where memory is short). 0: not."""
+    after each stage of the fall (ours, method afds; 768 is a good number; fewer where memory is short). 0: not."""
     ridge: float = 0.1
     """How strongly that refit holds the weights where they were, as a share of its inputs' power."""
     lr: float = 1.0
