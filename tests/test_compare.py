@@ -244,7 +244,7 @@ def test_one_seed_is_compared_image_by_image(finished: tuple[CompareConfig, list
     _, lines = finished
     found = cells([line for line in lines if line["seed"] == 0], "l2+l1")
     assert found[1].dense is not None
-    assert found[1].dense.how == "McNemar, 30 images"
+    assert found[1].dense.how == "bootstrap over 30 images"
 
 
 def test_paired_t_by_hand() -> None:
