@@ -57,7 +57,7 @@ def figure(found: Sequence[Cell], key: str) -> str:
             if not shown:
                 continue
             x, y, bar = zip(*sorted(shown), strict=True)
-            marker, colour = "osD^vP*X<>"[i % 10], f"C{i % 10}"
+            marker, colour = "osD^vP*X<>"[(i + i // 10) % 10], f"C{i % 10}"
             axes.errorbar(x, y, bar if any(bar) else None, label=row, marker=marker, color=colour, markersize=5,
                           capsize=2, linewidth=1.3, linestyle="-" if i < 10 else "--")  # fmt: skip
         axes.set_xscale("log")
