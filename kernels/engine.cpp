@@ -40,6 +40,7 @@ struct Steps {  // `total` in `parts` of nearly equal size, the larger ones firs
   }
 };
 
+constexpr int kChunk = 256;  // rows of a matrix-vector product handed over at a time
 constexpr size_t kSlack = 4 * kRound;  // floats behind each array: the loops over pixels read whole vectors
 
 int round_up(int n, int to) { return (n + to - 1) / to * to; }
@@ -578,10 +579,10 @@ void Engine::predict(const Run &run, const Conv &c) const {
   const Active &a = ws.active[c.x];
   float *p = ws.p.data() + size_t(run.t) * round_up(widest_, kRound);
   pooled(run, c.x, p);
-  const float *rows[64];
+  const float *rows[kChunk];
   auto product = [&](float *h, Share mine, int n, const float *w, const float *p, const int32_t *list, int m) {
-    for (int i = 0; i < m; i += 64) {
-      const int count = std::min(64, m - i);
+    for (int i = 0; i < m; i += kChunk) {
+      const int count = std::min(kChunk, m - i);
       for (int j = 0; j < count; ++j) rows[j] = w + size_t(list ? list[i + j] : i + j) * round_up(n, kRound) + mine.begin;
       table_.axpy(h + mine.begin, round_up(mine.size(), kRound), rows, p + i, count);
     }
@@ -1003,9 +1004,9 @@ void Engine::linear(const Run &run, const Linear &l, int op, float *out) const {
   const Share mine = share_lines(l.out, run.t, run.n);
   const int pitch = round_up(l.out, kRound);
   std::copy(l.bias.data() + mine.begin, l.bias.data() + mine.end, out + mine.begin);
-  const float *rows[64];
-  for (int i = 0; i < a.n; i += 64) {
-    const int count = std::min(64, a.n - i);
+  const float *rows[kChunk];
+  for (int i = 0; i < a.n; i += kChunk) {
+    const int count = std::min(kChunk, a.n - i);
     for (int j = 0; j < count; ++j) rows[j] = l.weight.data() + size_t(a.list[i + j]) * pitch + mine.begin;
     table_.axpy(out + mine.begin, mine.size(), rows, p + i, count);
   }

@@ -187,14 +187,17 @@ constexpr TileFn entry() {
 void axpy(float *h, int n, const float *const *rows, const float *p, int m) {
   int i = 0;
   for (; i + 8 <= m; i += 8) {
-    const float *w[8];
+    const float *w[8], *next[8];  // rows are short and scattered: what is read next has to be asked for
     vf s[8];
     for (int r = 0; r < 8; ++r) {
       w[r] = rows[i + r];
+      next[r] = rows[i + 8 + r < m ? i + 8 + r : m - 1];
       s[r] = set1(p[i + r]);
     }
     int j = 0;
     for (; j + L <= n; j += L) {
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; ++r) __builtin_prefetch(next[r] + j, 0, 2);
       vf t0 = load(h + j) + s[0] * load(w[0] + j), t1 = s[1] * load(w[1] + j);
       t0 += s[2] * load(w[2] + j);
       t1 += s[3] * load(w[3] + j);

@@ -37,14 +37,25 @@ def tiny_network(
 
 
 def write_run(
-    out: Path, *, selection: SelectionConfig | None, labels: tuple[str, ...] = LABELS, channels_last: bool = False
+    out: Path,
+    *,
+    selection: SelectionConfig | None,
+    labels: tuple[str, ...] = LABELS,
+    channels_last: bool = False,
+    **args: Any,
 ) -> nn.Module:
-    """Write a run folder (weights, structure, labels, preprocessing); returns the network in it."""
-    model = tiny_network(selection=selection, num_classes=len(labels), **ARCH_ARGS)
+    """Write a run folder (weights, structure, labels, preprocessing); returns the network in it. args: of the
+    architecture, beside those of `ARCH_ARGS`."""
+    args = {**ARCH_ARGS, **args}
+    model = tiny_network(selection=selection, num_classes=len(labels), **args)
+    with torch.no_grad():  # logits of about 1, or every probability would be 0 or 1
+        spread = model(torch.randn(8, 3, 1, 1) + 0.3 * torch.randn(8, 3, 32, 32)).abs().max()
+        for parameter in model.fc.parameters() if spread.isfinite() else ():
+            parameter.div_(spread)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     cost = measure_cost(model, [torch.randn(2, 3, 32, 32)])
-    save_run(out, model=model, arch="resnet18", arch_args=ARCH_ARGS, num_classes=len(labels), selection=selection,
+    save_run(out, model=model, arch="resnet18", arch_args=args, num_classes=len(labels), selection=selection,
              labels=labels, preprocess=PREPROCESS, summary=cost_summary(cost))  # fmt: skip
     return model
 

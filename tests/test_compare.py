@@ -220,14 +220,31 @@ def test_table_and_page(finished: tuple[CompareConfig, list[dict[str, Any]]], tm
     assert json.loads((tmp_path / "table.json").read_text())["cells"][1]["row"] == "l2+l1"
     page = write_page(tmp_path, found, note).read_text()
     assert "<svg" in page
-    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "")
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_latency_is_drawn_where_a_run_was_measured(
+    finished: tuple[CompareConfig, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    from afds.measure import Measurement, Row
+
+    config, _ = finished
+    for line in compare(config):
+        if line["kind"] == "final":
+            times = (("torch", 1, 9.0), ("onnx", 1, 4.0), ("onnx", 2, 2.0))
+            rows = [Row("dense", name, threads, 1, ms, ms, ms, ms, 3, 1.0) for name, threads, ms in times]
+            measured = Measurement("resnet18", 32, "now", {}, None, rows)
+            (config.out / line["key"] / "measure.json").write_text(json.dumps(measured.to_dict()))
+    found = cells(compare(config), "l2+l1")
+    assert [cell.latency_ms for cell in found] == [4.0, 4.0]
+    assert write_page(tmp_path, found, "").read_text().count("<svg") == 2
 
 
 def test_one_seed_is_compared_image_by_image(finished: tuple[CompareConfig, list[dict[str, Any]]]) -> None:
     _, lines = finished
     found = cells([line for line in lines if line["seed"] == 0], "l2+l1")
     assert found[1].dense is not None
-    assert found[1].dense.how == "McNemar, 30 images"
+    assert found[1].dense.how == "bootstrap over 30 images"
 
 
 def test_paired_t_by_hand() -> None:

@@ -20,6 +20,7 @@ from afds.graph import convbn_units
 from afds.selection import (
     FollowingGate,
     Gate,
+    Predictor,
     SelectionConfig,
     SelectiveConvBN,
     densities,
@@ -500,3 +501,17 @@ def test_all_families_run_at_a_low_density() -> None:
             assert torch.isfinite(model(images())).all(), name
         for gate in gates(model).values():
             assert gate.active_BC.sum(1).max() <= gate.k, name
+
+
+def test_a_channel_that_wakes_after_training_does_not_shout() -> None:
+    """Never active in training: pooled variance 0. The first image on which it is must not drive saliencies off."""
+    predictor = Predictor(16, torch.ones(8), SelectionConfig()).eval()
+    assert predictor.standardise is not None
+    assert predictor.standardise.running_var is not None
+    predictor.standardise.running_var.zero_()
+    with torch.no_grad():
+        predictor.weight.fill_(0.1)
+        asleep, awake = torch.zeros(1, 16, 4, 4), torch.zeros(1, 16, 4, 4)
+        awake[:, 3] = 1.0
+        rise_BC = predictor(awake) - predictor(asleep)
+    assert 0 < float(rise_BC.max()) <= 0.1 * 10 / 16**0.5 + 1e-6  # ten standard deviations at most, over sqrt(C)

@@ -120,6 +120,12 @@ def test_afds_goes_through_a_dense_base_and_keeps_its_classifier(digits: Path, f
     assert result.cost.ratio >= 2
     assert {"ce", "afd", "kd", "hints", "entropy"} <= set(lines(out, "step")[0])
 
+    refit = DescentConfig(stages=2, images=8, reconstruct=16)
+    fit(options(digits, tmp_path / "refit", method="afds", source=str(weights), budget="2x", descent=refit), quiet=True)
+    for stage in lines(tmp_path / "refit", "stage"):
+        assert stage["unexplained"]
+        assert all(after <= before + 1e-3 for before, after in stage["unexplained"].values())
+
     other = write_digits(tmp_path / "digits-3-5", range(3, 6), per_class=10, test_per_class=5)
     transfer = options(other, tmp_path / "transfer", method="afds", source=str(weights), budget="2x", base_epochs=2)
     fit(transfer, quiet=True)

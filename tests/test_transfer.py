@@ -12,7 +12,7 @@ from afds.distillation import AttentiveDistillation, FrozenNetwork, tap, tap_poi
 from afds.graph import convbn_units, residual_blocks, stage_ends, unit_roles
 from afds.selection import select
 from afds.transfer import AttentiveTransfer, BlockHints, Delta, LogitDistillation, NearStart, Step, channel_weights
-from afds.transfer.delta import _Tail, fit_classifier, weights_of
+from afds.transfer.delta import _Tail, fit_classifier, map_variances, weights_of
 
 
 def step(network: nn.Module | None = None, **parts: object) -> Step:
@@ -51,14 +51,14 @@ def test_kd_is_hintons_term() -> None:
 def test_delta_is_the_equation_and_follows_the_network() -> None:
     ours, theirs = torch.randn(2, 3, 2, 2), torch.randn(2, 3, 2, 2)
     w = torch.tensor([0.5, 0.3, 0.2])
-    term = Delta(0.01, {"u": w})
+    term = Delta(0.01, {"u": w}, {"u": 0.25})
 
     def by_hand(channels: list[int], target: Tensor) -> float:
         total = 0.0
         for b in range(2):
             for place, c in enumerate(channels):
                 total += 3 * float(w[c]) * float((target[b, place] - theirs[b, c]).square().sum()) / 4
-        return 64 * 0.5 * total / 2
+        return 0.5 * total / 2 / 0.25
 
     assert float(term(step(features={"u": ours}, teacher={"u": theirs}))) == pytest.approx(by_hand([0, 1, 2], ours))
     term.cut({"u": kept([0, 2], [0])})
@@ -93,6 +93,9 @@ def test_channel_weights_of_all_units_and_the_classifier_they_are_measured_with(
     batches = [(torch.randn(8, 3, 32, 32), torch.arange(8) % 4) for _ in range(2)]
     before = {name: p.clone() for name, p in tiny_resnet.state_dict().items()}
     source = FrozenNetwork(tiny_resnet, ends, before_norm=True)
+    variances = map_variances(source, batches)
+    maps = torch.cat([source(x)[1][ends[0]] for x, _ in batches]).transpose(0, 1).flatten(1)
+    assert variances[ends[0]] == pytest.approx(float(maps.var(1, unbiased=False).mean()), rel=1e-4)
     weights = channel_weights(source, ends, batches, 4)
     assert set(weights) == set(ends)
     for unit, w_C in weights.items():

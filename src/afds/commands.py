@@ -6,7 +6,7 @@ import json as jsonlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 from rich.console import Console
@@ -15,9 +15,12 @@ from rich.table import Table
 from afds.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from afds.evaluation import FolderResult
     from afds.inference import Prediction
 
+T = TypeVar("T")
 ALL_CLASSES = 20  # up to so many the table of accuracies is shown in full, beyond only its weaker half of that
 
 
@@ -37,6 +40,8 @@ class Evaluate:
     fitted on; else all."""
     batch_size: int = 32
     """Images at a time."""
+    runtime: Literal["torch", "native"] = "torch"
+    """torch: the plain PyTorch forward. native: the kernels that skip; their MACs are those they executed."""
     json: bool = False
     """Print JSON in place of a table."""
 
@@ -59,6 +64,9 @@ class Predict:
     """How many classes to show."""
     batch_size: int = 32
     """Images at a time. 1 answers soonest."""
+    runtime: Literal["native", "torch"] = "native"
+    """native: the kernels that skip what was not selected; where they cannot run this network, PyTorch does, and a
+    line says so. torch: the plain PyTorch forward."""
     json: bool = False
     """Print one line of JSON for each image."""
 
@@ -169,7 +177,12 @@ def _evaluate(arguments: list[str]) -> int:
     options = tyro.cli(Evaluate, prog="afds evaluate", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
     from afds.evaluation import evaluate_folder
 
-    result = evaluate_folder(options.run, options.data, options.split, batch_size=options.batch_size)
+    result = _or_torch(
+        lambda runtime: evaluate_folder(
+            options.run, options.data, options.split, batch_size=options.batch_size, runtime=runtime
+        ),
+        options.runtime,
+    )
     if options.json:
         print(jsonlib.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False))
     else:
@@ -202,9 +215,11 @@ def _show(result: FolderResult) -> None:
 
 def _predict(arguments: list[str]) -> int:
     options = tyro.cli(Predict, prog="afds predict", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
-    from afds.inference import image_files, load
+    from afds.artifact import load_run
+    from afds.inference import Model, image_files
 
-    model, unreadable = load(options.run), 0
+    run, unreadable = load_run(options.run), 0
+    model = _or_torch(lambda runtime: Model(run, runtime=runtime), options.runtime)
     files = image_files(options.images)
     for prediction in model.stream(files, options.top_k, options.batch_size, on_error="report"):
         if prediction.error is not None:
@@ -217,6 +232,18 @@ def _predict(arguments: list[str]) -> int:
             top = ", ".join(f"{label} {share:.1%}" for label, share in prediction.top)
             print(f"{prediction.path}: {top}")
     return 1 if unreadable else 0
+
+
+def _or_torch(work: Callable[[str], T], runtime: str) -> T:
+    """`work` with this runtime, or with PyTorch where the native one is missing or does not compute the network."""
+    if runtime == "native":
+        from afds.runtime import RuntimeMissingError, UnsupportedError
+
+        try:
+            return work("native")
+        except (RuntimeMissingError, UnsupportedError) as error:
+            print(f"afds: note: PyTorch runs this network. {error}", file=sys.stderr)
+    return work("torch")
 
 
 def _line(prediction: Prediction) -> str:

@@ -31,6 +31,8 @@ PAPER: dict[str, dict[str, Any]] = {
         "end": 0.6,
         "static_quantile": 0.05,
         "prune_quantile": 0.05,
+        "reconstruct": 0,
+        "lr": 1.0,
     },
 }
 
@@ -93,7 +95,7 @@ class DistillationConfig:
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """Weights of l2-sp and DELTA (both at the published 0.01)."""
+    """Weights of l2-sp (the published 0.01) and DELTA (0.01 in our units, see transfer/delta.py)."""
 
     l2_sp: float = 0.01
     """Weight alpha of L2-SP."""
@@ -150,6 +152,13 @@ class DescentConfig:
     about the same per MAC (ours)."""
     floor: float = 0.4
     """With `importance`: no layer falls below this share of the uniform density."""
+    reconstruct: int = 0
+    """Training images on which the convolutions are refitted by least squares to the fine-tuned dense network's,
+    after each stage of the fall (ours, method afds; 768 is a good number; fewer where memory is short). 0: not."""
+    ridge: float = 0.1
+    """How strongly that refit holds the weights where they were, as a share of its inputs' power."""
+    lr: float = 1.0
+    """Peak learning rate where the density falls, as a multiple of optim.lr."""
     reestimate: int = 64
     """After the last step: batches of training images on which the batch norms' statistics are measured anew (ours)."""
     images: int = 64
@@ -167,6 +176,9 @@ class DescentConfig:
             "from 0 to below 1",
         )
         _require(0 <= self.prune_quantile < 1, "descent.prune-quantile", self.prune_quantile, "from 0 to below 1")
+        _require(self.reconstruct >= 0, "descent.reconstruct", self.reconstruct, "0 or more")
+        _require(0 < self.ridge < 1e6, "descent.ridge", self.ridge, "above 0")
+        _require(0 < self.lr <= 100, "descent.lr", self.lr, "above 0")
         _require(self.reestimate >= 0, "descent.reestimate", self.reestimate, "0 or more")
         _require(0 < self.floor <= 1, "descent.floor", self.floor, "above 0 and at most 1")
         _require(self.images >= 1, "descent.images", self.images, "1 or more")

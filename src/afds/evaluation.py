@@ -28,7 +28,9 @@ from afds.data import (
     without,
 )  # fmt: skip
 from afds.errors import AfdsError, DataError
+from afds.inference import Model
 
+Meter = Callable[[Tensor], tuple[Tensor, Cost]]  # images (B, 3, H, W) -> logits (B, classes), cost of this batch
 SPLITS = ("auto", "test", "val", "train", "all")
 FLATTERED = {"val": "choices were made on it", "train": "the run may have learned from it"}
 
@@ -68,14 +70,14 @@ def evaluate(
     num_classes: int,
     device: torch.device | str | None = None,
     *,
-    count_macs: bool | CostMeter = False,
+    count_macs: bool | Meter = False,
     progress: Callable[[int], None] | None = None,
 ) -> Metrics:
     """Run `network` in eval mode (its own mode is given back) over (images (B, 3, H, W), labels (B,)).
 
     device: where the batches are moved to; by default where the network's weights are.
     count_macs: count the MACs on the way, which costs little beside the forward; or a meter of `network`, which
-    saves reading its graph again.
+    saves reading its graph again, or runs it elsewhere.
     progress: called after each batch with the images seen so far.
     Where several processes run, each is given all images and returns the figures of all.
     Raises DataError without a single image.
@@ -93,7 +95,7 @@ def evaluate(
     network.eval()
     cost, seen, hits = Cost(), 0, []
     try:
-        meter = count_macs if isinstance(count_macs, CostMeter) else CostMeter(network) if count_macs else None
+        meter = count_macs if callable(count_macs) else CostMeter(network) if count_macs else None
         for x_BCHW, y_B in batches:
             x_BCHW, y_B = x_BCHW.to(device, non_blocking=True), y_B.to(device, non_blocking=True)
             if meter is not None:
@@ -161,23 +163,32 @@ def evaluate_folder(
     batch_size: int = 32,
     device: str = "cpu",
     workers: int = 0,
+    runtime: str = "torch",
     progress: Callable[[int], None] | None = None,
 ) -> FolderResult:
     """Evaluate a run on a folder of class folders, matched to the run's classes by name.
 
     split: `auto` takes test/ where there is one, the images that this run held out where it is the folder it
     was fitted on, else all that is there; or one of `test`, `val`, `train`, `all`.
+    runtime: `torch`, or `native`, whose MACs are those it executed.
     Raises RunFolderError for the run, DataError for the folder: among others a class that the run does not
-    know, a split that is not there.
+    know, a split that is not there; and for the runtime what `inference.Model` raises.
     """
     run = load_run(run_path)
     chosen, items, notes = labelled_items(run, data_path, split)
     dataset = ImageDataset(items, eval_transform(run.preprocess))
     loader = make_loader(dataset, batch_size=batch_size, shuffle=False, seed=0, workers=workers)
-    model = run.model.to(device)
-    reference = run.structure["cost"].get("reference_macs", 0.0)
-    meter = CostMeter(model, float(reference) if type(reference) in (int, float) and reference > 0 else 0.0)
-    metrics = evaluate(model, loader, len(run.labels), device, count_macs=meter, progress=progress)
+    model = Model(run, device, runtime=runtime)
+    given = run.structure["cost"].get("reference_macs", 0.0)
+    reference = float(given) if type(given) in (int, float) and given > 0 else 0.0
+    meter: Meter
+    if model.executor is None:
+        meter = CostMeter(model.network, reference)
+    else:
+        from afds.runtime import ExecutedMacs
+
+        meter = ExecutedMacs(model.executor, model.network, reference)
+    metrics = evaluate(model.network, loader, len(run.labels), device, count_macs=meter, progress=progress)
     return FolderResult(chosen, metrics, run.labels, tuple(notes))
 
 

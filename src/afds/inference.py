@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 import torch
@@ -20,8 +20,12 @@ from afds.artifact import Run, load_run
 from afds.data.images import ImageError, read_shrunk, to_rgb
 from afds.data.preprocess import Preprocess
 from afds.data.transforms import eval_transform
-from afds.errors import DataError
+from afds.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from afds.runtime import Executor
+
+RUNTIMES = ("torch", "native")
 Photo = Path | str | Image.Image | np.ndarray
 OnError = Literal["raise", "report"]
 DECODERS = 4  # threads; Pillow decodes outside the GIL
@@ -52,12 +56,25 @@ class Model:
     Args:
         run: a run folder that was read.
         device: where the network runs.
+        runtime: `torch`, or `native`: the kernels that skip, on the CPU, on as many threads as PyTorch would use.
+    Raises:
+        RuntimeMissingError, UnsupportedError: the native runtime was not built, or does not compute this network.
+        ConfigError: another runtime, or `native` on another device.
     """
 
-    def __init__(self, run: Run, device: torch.device | str = "cpu") -> None:
+    def __init__(self, run: Run, device: torch.device | str = "cpu", *, runtime: str = "torch") -> None:
+        if runtime not in RUNTIMES:
+            raise ConfigError(f"{runtime!r} is no runtime; choose one of {', '.join(RUNTIMES)}.")
         self.run = run
         self.device = torch.device(device)
+        if runtime == "native" and self.device.type != "cpu":
+            raise ConfigError(f"The native runtime runs on the CPU, not on {self.device}; take runtime='torch' there.")
         self.network: nn.Module = run.model.to(self.device).eval()
+        self.executor: Executor | None = None
+        if runtime == "native":
+            from afds.runtime import compile
+
+            self.executor = compile(run, threads=torch.get_num_threads())
         self._transform = eval_transform(run.preprocess)
 
     @property
@@ -71,7 +88,9 @@ class Model:
         return self.run.preprocess
 
     def logits(self, x_BCHW: Tensor) -> Tensor:
-        """(B, classes) of preprocessed images (B, 3, H, W), float32."""
+        """(B, classes) of preprocessed images (B, 3, H, W), float32. `native`: of the run's input size only."""
+        if self.executor is not None:
+            return torch.from_numpy(self.executor(x_BCHW.cpu().numpy()))
         with torch.inference_mode():
             return self.network(x_BCHW.to(self.device))
 
@@ -159,9 +178,13 @@ class Model:
             return error
 
 
-def load(run: Path | str, device: torch.device | str = "cpu") -> Model:
-    """The network of a run folder, ready to predict. Raises RunFolderError naming what is wrong with it."""
-    return Model(load_run(run), device)
+def load(run: Path | str, device: torch.device | str = "cpu", *, runtime: str = "torch") -> Model:
+    """The network of a run folder, ready to predict.
+
+    runtime: `torch`, or `native`: the kernels that skip what was not selected.
+    Raises RunFolderError naming what is wrong with the folder, and what `Model` raises.
+    """
+    return Model(load_run(run), device, runtime=runtime)
 
 
 def image_files(paths: Sequence[Path | str]) -> Iterator[Path]:

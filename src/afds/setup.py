@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shlex
@@ -47,6 +48,7 @@ from afds.transfer import (
     NearStart,
     Regulariser,
     channel_weights,
+    map_variances,
 )  # fmt: skip
 
 IMAGES_SEEN = 60_000  # by default a training shows about so many images ...
@@ -65,8 +67,10 @@ class Setup:
         AfdsError: anything that would stop the run later.
     """
 
-    def __init__(self, config: FitConfig, splits: Splits, fabric: Fabric) -> None:
+    def __init__(self, config: FitConfig, splits: Splits, fabric: Fabric, *, rehearsal: bool = False) -> None:
+        """rehearsal: only to see that it can be built; what takes long and cannot fail is left out."""
         self.config, self.splits, self.fabric = config, splits, fabric
+        self.rehearsal = rehearsal
         self.selection: SelectionConfig | None = None
         self._pretrained_cfg: dict[str, Any] | None = None
         self._preprocess_of_run: Preprocess | None = None
@@ -97,6 +101,8 @@ class Setup:
         if selects:  # a hopeless budget: now, not after hours
             solve(network, uniform(network), self.ratio, probe[:1], steps=0)
             set_density(network, 1.0)
+        refits = selects and self.is_base and config.method == "afds" and config.descent.reconstruct > 0
+        reference = copy.deepcopy(network).requires_grad_(False) if refits else None
         terms, teacher = self._transfer(transfer, dense_network, size)
         if compression == "slimming" and self.ratio == 1 and config.pruning.sparsity > 0:
             terms.append(Sparsity(config.pruning.sparsity))
@@ -118,6 +124,8 @@ class Setup:
             steps_per_epoch=len(loader) // fabric.world_size, teacher=teacher,
             teaches_logits=self.is_base or transfer == "kd",
             descent=plan_descent(total_steps, config.descent, self.ratio) if selects else None,
+            reference=reference,
+            refit_on=tuple(self._images(splits.train, config.descent.reconstruct)) if refits else (),
             pruning=self._pruning(compression, size, total_steps), reference_macs=self.reference_macs,
         )  # fmt: skip
 
@@ -173,9 +181,12 @@ class Setup:
         features = stage_ends(network, units)
         if transfer == "delta":
             teacher = FrozenNetwork(self._anchor(dense_network), features, before_norm=True).to(device)
+            if self.rehearsal:  # weighing channels takes as long as some epochs
+                return [], teacher
             labelled = self._labelled(self.splits.train, c.transfer.delta_images)
+            variances = map_variances(teacher, labelled)
             weights = channel_weights(teacher, features, labelled, len(self.splits.classes))
-            return [Delta(c.transfer.delta, weights)], teacher
+            return [Delta(c.transfer.delta, weights, variances)], teacher
         d, blocks = c.distillation, residual_blocks(network) if self.is_base and c.distillation.hints > 0 else []
         teacher = FrozenNetwork(dense_network, features, blocks).to(device)
         sizes = feature_sizes(teacher, torch.zeros(1, 3, size, size, device=device))

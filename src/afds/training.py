@@ -37,6 +37,7 @@ from afds.errors import TrainingError
 from afds.evaluation import evaluate
 from afds.importance import Importance, by_importance, estimate, set_importance
 from afds.masks import mask_counts, update_masks
+from afds.reconstruction import reconstruct
 from afds.record import Record
 from afds.schedule import Allocation, Descent, solve, sparing_stream, uniform
 from afds.selection import Predictor, densities, gates, set_density
@@ -138,6 +139,8 @@ class Plan:
     teacher: FrozenNetwork | None  # the pretrained source, or the fine-tuned dense network
     teaches_logits: bool  # the teacher knows the target's classes
     descent: Descent | None
+    reference: nn.Module | None = None  # the network at d = 1, that stages are refitted to
+    refit_on: tuple[Tensor, ...] = ()  # training images
     pruning: Pruning | None = None
     reference_macs: float = 0.0  # of the network that the budget is stated against, where it is not this one
 
@@ -167,6 +170,7 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
                 wrapped, optimizer = state.start(fabric)
             x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
             rate = learning_rate(step, plan.epochs * plan.steps_per_epoch, c.optim)
+            rate *= c.descent.lr if plan.descent is not None else 1.0
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["multiple"]
             losses = wrapped(x_BCHW, y_B, state.teach(x_BCHW, fabric))
@@ -340,11 +344,23 @@ def _stages(fabric: Fabric, plan: Plan, state: _State, step: int, record: Record
         allocation = choose_allocation(network, plan.config, importance, plan.probe)
         target = descent.target(state.stage)
         t = solve(network, allocation, target, plan.probe)
+        unexplained = _reconstruct(plan, state)
         _agree(fabric, network)
         record.write("stage", epoch=epoch, step=step, target_ratio=target, t=t, densities=densities(network),
-                     thresholds=thresholds, **mask_counts(network))  # fmt: skip
+                     thresholds=thresholds, unexplained=unexplained, **mask_counts(network))  # fmt: skip
         state.stage += 1
         network.train()
+
+
+def _reconstruct(plan: Plan, state: _State) -> dict[str, tuple[float, float]]:
+    """Refit the network that has just lost channels; the momentum belonged to the weights before."""
+    if plan.reference is None or not plan.refit_on:
+        return {}
+    left = reconstruct(state.task.network, plan.reference, plan.refit_on, ridge=plan.config.descent.ridge)
+    for moving in state.optimizer.state.values():
+        if moving.get("momentum_buffer") is not None:
+            moving["momentum_buffer"].zero_()
+    return left
 
 
 def needs_importance(config: FitConfig) -> bool:
@@ -363,12 +379,15 @@ def choose_allocation(
 
 
 def _agree(fabric: Fabric, network: nn.Module) -> None:
-    """All ranks take rank 0's masks and densities: a choice near a threshold must not differ between them."""
+    """All ranks take rank 0's masks, densities and weights: a choice near a threshold must not differ between them."""
     if fabric.world_size == 1:
         return
     set_density(network, fabric.broadcast(densities(network)))
     for gate in gates(network).values():
         for value in (gate.kept, gate.dynamic, gate.importance):
+            value.copy_(fabric.broadcast(value))
+    with torch.no_grad():
+        for value in (*network.parameters(), *network.buffers()):
             value.copy_(fabric.broadcast(value))
 
 

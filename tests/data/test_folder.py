@@ -134,3 +134,21 @@ def test_many_classes(tmp_path, count):
     assert len(folder.classes) == len(folder.splits["all"]) == count
     assert len(folder.warnings) == 1  # of single images: one line for all
     assert len(folder.warnings[0]) < 300
+
+
+def test_a_single_training_image_that_a_test_checks(make_tree) -> None:
+    root = make_tree({"train/cat": 1, "train/dog": 3, "train/eel": 1, "test/cat": 2, "test/dog": 2})
+    warnings = scan(root).warnings
+    assert "1 class with a single training image: cat." in warnings
+    assert "1 class with a single image, which goes to training and is never checked: eel." in warnings
+
+
+def test_links_that_lead_in_circles_are_named_and_passed_over(make_tree) -> None:
+    root = make_tree({"cat": 3, "dog": 3})
+    (root / "again").symlink_to(root, target_is_directory=True)
+    (root / "self").symlink_to("self")
+    (root / "shared").symlink_to(root / "dog", target_is_directory=True)  # an honest link is a class
+    folder = scan(root)
+    assert folder.classes == ("cat", "dog", "shared")
+    assert any("again" in w and "circle" in w for w in folder.warnings)
+    assert any("self" in w and "circle" in w for w in folder.warnings)

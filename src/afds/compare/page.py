@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def figure(found: Sequence[Cell], key: str) -> str:
             if not shown:
                 continue
             x, y, bar = zip(*sorted(shown), strict=True)
-            marker, colour = "osD^vP*X<>"[i % 10], f"C{i % 10}"
+            marker, colour = "osD^vP*X<>"[(i + i // 10) % 10], f"C{i % 10}"
             axes.errorbar(x, y, bar if any(bar) else None, label=row, marker=marker, color=colour, markersize=5,
                           capsize=2, linewidth=1.3, linestyle="-" if i < 10 else "--")  # fmt: skip
         axes.set_xscale("log")
@@ -68,5 +69,5 @@ def figure(found: Sequence[Cell], key: str) -> str:
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         stream = io.StringIO()
         drawing.savefig(stream, format="svg", metadata={"Date": None})
-    svg = stream.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", stream.getvalue(), flags=re.DOTALL)
     return svg[svg.index("<svg") :]

@@ -57,4 +57,4 @@ def paired_images(ours: str, theirs: str, *, draws: int = 2000) -> Difference:
     low, high = np.quantile(gaps[drawn].mean(1), (0.025, 0.975))
     better, worse = int((gaps > 0).sum()), int((gaps < 0).sum())
     p = float(scipy_stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
-    return Difference(float(gaps.mean()), float(low), float(high), p, f"McNemar, {len(gaps)} images")
+    return Difference(float(gaps.mean()), float(low), float(high), p, f"bootstrap over {len(gaps)} images")

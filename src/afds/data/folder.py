@@ -119,7 +119,9 @@ class _Scanner:
                 for entry in entries:
                     if entry.name.startswith("."):
                         continue
-                    if entry.is_dir():
+                    if entry.is_symlink() and _circles(entry.path):
+                        self.warnings.append(f"{entry.path}: a link that leads in a circle; passed over.")
+                    elif entry.is_dir():
                         if entry.name not in _SYSTEM_FOLDERS:
                             listing.folders.append(entry)
                     elif os.path.splitext(entry.name)[1].lower() in self.extensions:
@@ -234,12 +236,26 @@ class _Scanner:
 
     def _warn_small_classes(self, classes: tuple[str, ...], splits: dict[str, tuple[Item, ...]]) -> None:
         sizes = Counter(item.label for item in splits.get("train", splits.get("all", ())))
-        single = [name for label, name in enumerate(classes) if sizes[label] == 1]
-        if single:
-            self.warnings.append(
-                f"{_count(len(single), 'class')} with a single image, which goes to training "
-                f"and is never checked: {_some(single)}."
-            )
+        checked = {item.label for split in ("val", "test") for item in splits.get(split, ())}
+        single = [label for label in range(len(classes)) if sizes[label] == 1]
+        for what, labels in (
+            ("a single image, which goes to training and is never checked", [i for i in single if i not in checked]),
+            ("a single training image", [i for i in single if i in checked]),
+        ):
+            if labels:
+                names = _some([classes[i] for i in labels])
+                self.warnings.append(f"{_count(len(labels), 'class')} with {what}: {names}.")
+
+
+def _circles(link: str) -> bool:
+    """Whether a symbolic link leads to itself or to a folder that it lies in."""
+    try:
+        target = Path(link).resolve(strict=True)
+    except FileNotFoundError:
+        return False  # it dangles, and is named when it is read
+    except (OSError, RuntimeError):  # Python before 3.13 has an error of its own for loops
+        return True
+    return target in (here := Path(link).parent.resolve(), *here.parents)
 
 
 def _class_name(entry: os.DirEntry[str]) -> str:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from afds.errors import ConfigError
-from afds.runtime.executor import BUILD_ADVICE, Executor, is_built
 from afds.runtime.errors import RuntimeMissingError
+from afds.runtime.executor import BUILD_ADVICE, Executor, is_built
 from afds.runtime.layout import place
 from afds.runtime.lower import lower
 from afds.runtime.plan import Plan

@@ -12,9 +12,8 @@ from afds.runtime.plan import TENSORS, Plan
 
 try:
     from afds.runtime import _kernels
-except ImportError as error:  # built without a compiler
+except ImportError:  # built without a compiler
     _kernels = None  # type: ignore[assignment]
-    _reason = str(error)
 
 BUILD_ADVICE = ("afds was installed without its native runtime. Install a C++ compiler (g++ or clang) and install "
                 "afds again; until then the PyTorch forward (--runtime torch) computes the same.")  # fmt: skip
@@ -105,6 +104,11 @@ class Executor:
     def counted_macs(self, x_BCHW: np.ndarray) -> np.ndarray:
         """MACs that were executed for each image, (B,) int64: what `afds.cost` counts, predictors included."""
         return self.layer_macs(x_BCHW).sum(1)
+
+    def counted(self, x_BCHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and `counted_macs` of the same pass."""
+        logits_BK, macs_BO = self._engine.run_counted(self._checked(x_BCHW))
+        return logits_BK, macs_BO.sum(1)
 
     def layer_macs(self, x_BCHW: np.ndarray) -> np.ndarray:
         """The same by op of the plan, (B, ops) int64."""

@@ -85,7 +85,8 @@ def _fold_predictor(gate: Gate, dynamic: Tensor) -> dict[str, np.ndarray]:
     channels = predictor.in_channels
     scale, mean = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
     if (norm := predictor.standardise) is not None:
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         scale = (_f64(norm.running_var) + norm.eps).rsqrt() * channels**-0.5
         mean = _f64(norm.running_mean)
     rows = dynamic if gate.predicted is None else dynamic[gate.predicted]  # compacted: static channels have no row
@@ -105,6 +106,7 @@ def _normalised(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, T
     b = _f64(conv.bias) if conv.bias is not None else torch.zeros(w.shape[0], dtype=torch.float64)
     if norm is None:
         return w, b
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     inverse = (_f64(norm.running_var) + norm.eps).rsqrt()
     return w * inverse[:, None, None, None], (b - _f64(norm.running_mean)) * inverse

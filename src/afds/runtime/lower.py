@@ -129,7 +129,9 @@ class _Lowering:
 
     def _refuse(self, node: fx.Node, why: str = "") -> UnsupportedError:
         where = str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        kind = type(self.gm.get_submodule(where)).__name__ if node.op == "call_module" else node.op.removeprefix("call_")
+        kind = (
+            type(self.gm.get_submodule(where)).__name__ if node.op == "call_module" else node.op.removeprefix("call_")
+        )
         return UnsupportedError(f"The native runtime does not compute {where} ({kind}){': ' + why if why else ''}.")
 
     def _value(self, node: fx.Node, position: int = 0) -> Any:
@@ -174,9 +176,10 @@ class _Lowering:
             self._act(node, ACT_MODULES[kind])
         elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
             self._pool(node, module)
-        elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
-            self.env[node] = self._mean(node)
-        elif kind in ("FastAdaptiveAvgPool", "FastAdaptiveAvgPool2d"):
+        elif (isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))) or kind in (
+            "FastAdaptiveAvgPool",
+            "FastAdaptiveAvgPool2d",
+        ):
             self.env[node] = self._mean(node)
         elif isinstance(module, nn.Flatten):
             self._flatten(node)
@@ -195,9 +198,7 @@ class _Lowering:
             self._scale(node)
         elif node.op in ("call_function", "call_method") and (is_sigmoid(self.gm, node) or name in ACT_NAMES):
             self._act(node, "hardsigmoid" if name == "hard_sigmoid" else ACT_NAMES[str(name)])
-        elif name == "mean" and _dims(node) in ((2, 3), (-2, -1), (-1, -2)):
-            self.env[node] = self._mean(node)
-        elif node.target is F.adaptive_avg_pool2d and node.args[1:] in ((1,), ((1, 1),)):
+        elif _is_mean(node, name):
             self.env[node] = self._mean(node)
         elif name in ("flatten", "contiguous", "clone", "dropout"):
             if name == "flatten":
@@ -326,7 +327,7 @@ class _Lowering:
         if isinstance(value, int):
             self._flatten(node)
             value = self.env[node]
-        users = [u for u in node.users]
+        users = list(node.users)
         while len(users) == 1 and users[0].op == "call_module" and isinstance(
             self.gm.get_submodule(str(users[0].target)), NOTHING
         ):  # fmt: skip
@@ -408,6 +409,13 @@ class _Lowering:
 def _dims(node: fx.Node) -> Any:
     dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     return tuple(dims) if isinstance(dims, list | tuple) else dims
+
+
+def _is_mean(node: fx.Node, name: str) -> bool:
+    """Whether the node takes the mean over all pixels."""
+    if node.target is F.adaptive_avg_pool2d:
+        return node.args[1:] in ((1,), ((1, 1),))
+    return name == "mean" and _dims(node) in ((2, 3), (-2, -1), (-1, -2))
 
 
 def _is_squeeze(gm: fx.GraphModule, node: fx.Node) -> bool:

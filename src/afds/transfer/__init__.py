@@ -13,7 +13,7 @@
 
 from afds.transfer.afd import AttentiveTransfer
 from afds.transfer.base import Regulariser, Step
-from afds.transfer.delta import Delta, channel_weights
+from afds.transfer.delta import Delta, channel_weights, map_variances
 from afds.transfer.hints import BlockHints, block_hints
 from afds.transfer.kd import LogitDistillation, logit_distillation
 from afds.transfer.l2_sp import NearStart, l2_sp
@@ -30,4 +30,5 @@ __all__ = [
     "channel_weights",
     "l2_sp",
     "logit_distillation",
+    "map_variances",
 ]

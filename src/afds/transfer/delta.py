@@ -3,7 +3,7 @@
 ::
 
     image --+--> source, frozen  --> F*_l --+
-            |                               +--> C / 2 sum_c W_l[c] || F_l[c] - F*_l[c] ||^2 / (H W)
+            |                               +--> C / 2 sum_c W_l[c] || F_l[c] - F*_l[c] ||^2 / (H W v_l)
             +--> target, learning --> F_l --+
 
     W_l = softmax_c( standardised increase of the cross-entropy when channel c of F_l is off / 5 )
@@ -12,8 +12,10 @@ Li, Xiong, Wang, Rao, Liu, Huan, *DELTA: Deep Learning Transfer using Feature Ma
 increase is measured on the source network as a feature extractor, a classifier of the new task trained on it: that
 is the supervision. The standardisation, the temperature of 5, the factor C / (H W), the sum over images and the
 weight 0.01 of the published code are kept, as is the place: F_l is the output of the last convolution of each stage,
-before its batch norm. Ours: the sum over images is a mean, times the batch of 64 of their recipe, so that the weight
-means the same at any batch size; the classifier is fitted on pooled features, by LBFGS.
+before its batch norm. Ours: the sum over images is a mean, so that the weight means the same at any batch size; the
+distance is divided by v_l, the mean variance of F*_l, as a batch norm undoes any scale of its convolution and the
+published term therefore depends on which weights of one and the same network are at hand (seen: 200 times the
+cross-entropy); and the classifier is fitted on pooled features, by LBFGS.
 """
 
 from __future__ import annotations
@@ -32,20 +34,20 @@ from afds.graph import trace
 from afds.transfer.base import Regulariser, Step
 
 TEMPERATURE = 5.0
-BATCH = 64  # of the published recipe, whose loss sums over images
 DECAY = 1e-2  # L2 of the classifier that the weights are measured with
 
 
 class Delta(Regulariser):
-    """Args: weights: W_l (C,) of each compared unit, each sums to 1."""
+    """Args: weights: W_l (C,) of each compared unit, each sums to 1. variances: v_l."""
 
     name = "delta"
     replaces_decay = True
     before_norm = True
 
-    def __init__(self, weight: float, weights: dict[str, Tensor]) -> None:
+    def __init__(self, weight: float, weights: dict[str, Tensor], variances: dict[str, float]) -> None:
         super().__init__(weight, units=tuple(weights))
         self.weights = weights
+        self.variances = variances
 
     def forward(self, step: Step) -> Tensor:
         teacher = self._teacher(step)
@@ -55,9 +57,9 @@ class Delta(Regulariser):
             w_C = whole_C.to(total.device)
             if unit in self.channels:
                 w_C = w_C[self.channels[unit].to(total.device)]
-            distance_BC = (ours - theirs).square().mean((2, 3))
+            distance_BC = (ours - theirs).square().mean((2, 3)) / self.variances[unit]
             total = total + len(whole_C) / 2 * (distance_BC * w_C).sum(1).mean()
-        return BATCH * total
+        return total
 
 
 def channel_weights(
@@ -77,6 +79,15 @@ def channel_weights(
         for x_BCHW, y_B in batches:
             increase[unit] = increase[unit] + tail.increase(x_BCHW, y_B) * (len(y_B) / count)
     return {unit: weights_of(delta_C) for unit, delta_C in increase.items()}
+
+
+def map_variances(source: FrozenNetwork, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """v_l of each compared unit: the mean over channels of the variance of F*_l over images and positions."""
+    maps: dict[str, list[Tensor]] = {unit: [] for unit in source.features}
+    for x_BCHW, _ in batches:
+        for unit, f_BCHW in source(x_BCHW)[1].items():
+            maps[unit].append(f_BCHW.float().transpose(0, 1).flatten(1))
+    return {unit: float(torch.cat(parts, 1).var(1, unbiased=False).mean()) + 1e-12 for unit, parts in maps.items()}
 
 
 def weights_of(increase_C: Tensor) -> Tensor:

@@ -1,0 +1,157 @@
+"""The native runtime beside the dense networks of ONNX Runtime and OpenVINO, in float32 on this machine's CPU.
+
+::
+
+    python benchmarks/speed/runtime.py --archs resnet18 resnet50 --ratios 5 10 --threads 1 2
+
+Networks with random weights and predictors that choose differently for each image; uniform densities, solved for the
+ratio of counted MACs, predictors included. All runtimes take turns in one process: in each round each one runs once
+untimed and five times timed. Batch 1. Needs `pip install -c constraints.txt onnx onnxscript onnxruntime openvino`;
+what is not installed is left out, and said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import timm
+import torch
+from torch import nn
+
+import afds
+import afds.runtime
+from afds.cost import CostMeter
+from afds.hardware import _cpu_name
+from afds.schedule import solve, uniform
+from afds.selection import SelectionConfig, gates
+
+Runner = Callable[[np.ndarray], object]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archs", nargs="+", default=["resnet18", "resnet50"])
+    parser.add_argument("--ratios", nargs="+", type=float, default=[5.0, 10.0])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--size", type=int, default=224, help="pixels, a side of the square image")
+    parser.add_argument("--predictor", choices=["full", "low-rank"], default="full")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of timing for each network and number of threads")
+    parser.add_argument("--profile", action="store_true", help="print the profile of each network too")
+    parser.add_argument("--json", type=Path, help="append one line for each timing to this file")
+    args = parser.parse_args()
+    print(f"{_cpu_name()}, {platform.system()}, batch 1, {args.size} px, float32, predictors: {args.predictor}")
+    for arch in args.archs:
+        models = {"dense": (dense(arch, args.size), 1.0)}
+        x = torch.randn(1, 3, args.size, args.size)
+        for ratio in args.ratios:
+            model, counted = sparse(models["dense"][0], ratio, x, args.predictor)
+            models[f"{ratio:g}x"] = (model, counted)
+        for threads in args.threads:
+            compare(arch, models, x.numpy(), threads, args)
+
+
+def dense(arch: str, size: int) -> nn.Module:
+    """A network with random weights whose batch norms have seen images, so that its features are alive."""
+    torch.manual_seed(0)
+    model = timm.create_model(arch, num_classes=101)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            module.momentum = None
+    with torch.no_grad():
+        model.train()(torch.randn(2, 3, size, size))
+    return model.eval()
+
+
+def sparse(model: nn.Module, ratio: float, x: torch.Tensor, predictor: str) -> tuple[nn.Module, float]:
+    """Selection at uniform densities that cost 1 / ratio, and the ratio counted on ``x``."""
+    selective = afds.select(model, SelectionConfig(predictor=predictor)).eval()  # type: ignore[arg-type]
+    for gate in gates(selective).values():
+        nn.init.normal_(gate.predictor.weight, std=0.3)
+    solve(selective, uniform(selective), ratio, [x])
+    return selective, CostMeter(selective).mean([x]).ratio
+
+
+def runners(models: dict[str, tuple[nn.Module, float]], x: np.ndarray, threads: int, folder: str) -> dict[str, Runner]:
+    model = models["dense"][0]
+    found: dict[str, Runner] = {}
+    try:
+        import onnxruntime
+
+        path = f"{folder}/model.onnx"
+        torch.onnx.export(model, (torch.from_numpy(x),), path, dynamo=True, verbose=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        found["ONNX Runtime dense"] = lambda a: session.run(None, {name: a})
+    except ImportError as error:
+        print(f"left out: ONNX Runtime ({error})")
+    try:
+        import openvino
+
+        converted = openvino.convert_model(model, example_input=torch.from_numpy(x))
+        converted.reshape({0: list(x.shape)})
+        request = openvino.Core().compile_model(converted, "CPU", {
+            "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads,
+        }).create_infer_request()  # fmt: skip
+        found["OpenVINO dense"] = lambda a: request.infer({0: a})
+    except ImportError as error:
+        print(f"left out: OpenVINO ({error})")
+    for name, (network, _) in models.items():
+        found[f"afds {name}"] = afds.runtime.compile(network, input_size=x.shape[2], threads=threads)
+    return found
+
+
+def compare(
+    arch: str, models: dict[str, tuple[nn.Module, float]], x: np.ndarray, threads: int, args: argparse.Namespace
+) -> None:
+    with TemporaryDirectory() as folder:
+        found = runners(models, x, threads, folder)
+        times: dict[str, list[float]] = {name: [] for name in found}
+        end = time.perf_counter() + args.seconds
+        while time.perf_counter() < end:
+            for name, run in found.items():
+                run(x)
+                for _ in range(5):
+                    start = time.perf_counter()
+                    run(x)
+                    times[name].append(1e3 * (time.perf_counter() - start))
+    peers = [float(np.median(t)) for name, t in times.items() if not name.startswith("afds ")]
+    best = min(peers) if peers else float(np.median(times["afds dense"]))
+    print(f"\n{arch}, {threads} thread{'s' if threads > 1 else ''}; speed-up over the fastest dense runtime\n")
+    print(
+        "| runtime | median ms | p10 to p90 | MACs ratio | speed-up | share of the ratio |\n|---|---|---|---|---|---|"
+    )
+    for name, t in times.items():
+        ratio = models[name.removeprefix("afds ")][1] if name.startswith("afds ") else 1.0
+        median, low, high = (float(np.percentile(t, q)) for q in (50, 10, 90))
+        print(f"| {name} | {median:.2f} | {low:.2f} to {high:.2f} | {ratio:.2f} | {best / median:.2f} | "
+              f"{best / median / ratio:.2f} |", flush=True)  # fmt: skip
+        if args.json:
+            versions = {p: metadata.version(p) for p in ("torch", "onnxruntime", "openvino")}
+            line = {"arch": arch, "threads": threads, "runtime": name, "median_ms": median, "p10_ms": low,
+                    "p90_ms": high, "macs_ratio": ratio, "predictor": args.predictor, "cpu": _cpu_name(),
+                    "versions": versions}  # fmt: skip
+            with args.json.open("a") as out:
+                out.write(json.dumps(line) + "\n")
+    if args.profile:
+        for name, run in found.items():
+            if isinstance(run, afds.runtime.Executor):
+                layers = run.profile(x, repeats=20)
+                total = sum(layer.total for layer in layers)
+                parts = {p: sum(getattr(layer, p) for layer in layers) / total for p in ("predictor", "select", "conv",
+                                                                                         "rest")}  # fmt: skip
+                print(f"{name}: {1e3 * total:.2f} ms, " + ", ".join(f"{p} {100 * v:.1f} %" for p, v in parts.items()))
+
+
+if __name__ == "__main__":
+    main()

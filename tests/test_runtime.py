@@ -1,0 +1,173 @@
+"""The native runtime against the PyTorch forward: logits, winners and MACs, by property and on every family."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import afds.runtime as runtime
+from afds.cost import CostMeter
+from afds.errors import ConfigError, RunFolderError
+from afds.selection import SelectionConfig, gates, select, set_density
+from networks import randomise_bn, train_like
+
+pytestmark = pytest.mark.skipif(not runtime.is_built(), reason="afds was installed without its native runtime")
+
+
+def check(
+    model: nn.Module, x_BCHW: torch.Tensor, *, threads: int = 1, isa: str = "auto", tolerance: float = 1e-4
+) -> None:
+    """Equal logits, equal active channels and equal MACs, image by image."""
+    executor = runtime.compile(model, input_size=tuple(x_BCHW.shape[2:]), threads=threads, isa=isa)
+    got = executor(x_BCHW.numpy())
+    macs = executor.counted_macs(x_BCHW.numpy())
+    meter = CostMeter(model)
+    for i in range(len(x_BCHW)):
+        want, cost = meter(x_BCHW[i : i + 1])
+        assert np.abs(got[i] - want.numpy()).max() <= tolerance * max(1e-3, float(want.abs().max()))
+        assert macs[i] == round(cost.counted)
+        chosen = executor.chosen(x_BCHW[i : i + 1].numpy())
+        for name, gate in gates(model).items():
+            assert gate.active_BC is not None
+            assert chosen[name].tolist() == gate.active_BC[0].nonzero().flatten().tolist(), name
+
+
+class Small(nn.Module):
+    """One convolution under test between a stem and a classifier, with or without a residual sum around it."""
+
+    def __init__(self, cin: int, cout: int, kernel: int, stride: int, pad: int, groups: int, residual: bool) -> None:
+        super().__init__()
+        self.stem, self.norm0, self.act0 = nn.Conv2d(3, cin, 1, bias=False), nn.BatchNorm2d(cin), nn.ReLU()
+        self.conv = nn.Conv2d(cin, cout, kernel, stride, pad, groups=groups, bias=False)
+        self.norm, self.act = nn.BatchNorm2d(cout), nn.ReLU()
+        self.side = nn.Conv2d(cin, cout, kernel, stride, pad, bias=False) if residual else None
+        self.side_norm = nn.BatchNorm2d(cout) if residual else None
+        self.pool, self.flat, self.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(cout, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act0(self.norm0(self.stem(x)))
+        y = self.norm(self.conv(x))
+        if self.side is not None and self.side_norm is not None:
+            y = y + self.side_norm(self.side(x))
+        return self.fc(self.flat(self.pool(self.act(y))))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, object]:
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    kernel = draw(st.integers(1, 5))
+    return {
+        "cin": groups * draw(st.integers(1, 9)), "cout": groups * draw(st.integers(1, 13)), "kernel": kernel,
+        "stride": draw(st.integers(1, 3)), "pad": draw(st.integers(0, kernel // 2)), "groups": groups,
+        "residual": draw(st.booleans()),
+    }  # fmt: skip
+
+
+@settings(max_examples=30)
+@given(
+    case=cases(), height=st.integers(5, 23), width=st.integers(5, 40), batch=st.integers(1, 3),
+    threads=st.integers(1, 3), density=st.sampled_from([0.01, 0.3, 0.7, 1.0]), masks=st.booleans(), low=st.booleans(),
+    isa=st.sampled_from(runtime.usable_isas() or ["auto"]), seed=st.integers(0, 5),
+)  # fmt: skip
+def test_any_convolution(case, height, width, batch, threads, density, masks, low, isa, seed) -> None:
+    torch.manual_seed(seed)
+    model = randomise_bn(Small(**case).eval(), seed)
+    x = torch.randn(batch, 3, height, width)
+    check(model, x, threads=threads, isa=isa)
+    selective = select(model, SelectionConfig(predictor="low-rank" if low else "full")).eval()
+    train_like(selective, seed, static=0.4 if masks else 0.0, pruned=0.3 if masks else 0.0, spread=0.5)
+    set_density(selective, density)
+    check(selective, x, threads=threads, isa=isa)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_family(family: nn.Module, threads: int) -> None:
+    size = 48 if type(family).__name__ != "VGG" else 56
+    x = torch.randn(3, 3, size, size)
+    check(family, x, threads=threads)
+    selective = train_like(select(family), spread=0.3).eval()
+    for density in (1.0, 0.4, 0.05):
+        set_density(selective, density)
+        check(selective, x, threads=threads)
+
+
+@pytest.mark.parametrize("mask", ["static", "dead"])
+def test_layers_without_a_predictor(tiny_bottleneck: nn.Module, mask: str) -> None:
+    selective = train_like(select(tiny_bottleneck), spread=0.3).eval()
+    for name, gate in gates(selective).items():
+        if "conv2" in name:
+            if mask == "static":
+                gate.dynamic.zero_()
+            else:
+                gate.kept.zero_()
+    set_density(selective, 0.5)
+    check(selective, torch.randn(2, 3, 40, 40))
+
+
+def test_a_variant_with_average_pooling() -> None:
+    import timm
+
+    model = timm.create_model("resnet26d", num_classes=5, layers=(1, 1, 1, 1), channels=(4, 4, 8, 8))
+    selective = train_like(select(randomise_bn(model).eval()), spread=0.3).eval()
+    set_density(selective, 0.4)
+    for size in (45, 64):
+        check(selective, torch.randn(1, 3, size, size))
+
+
+def test_threads_of_python_share_one_executor(tiny_resnet: nn.Module) -> None:
+    selective = train_like(select(tiny_resnet), spread=0.3).eval()
+    set_density(selective, 0.4)
+    images = [torch.randn(2, 3, 40, 40).numpy() for _ in range(8)]
+    for threads in (1, 2):
+        executor = runtime.compile(selective, input_size=40, threads=threads)
+        alone = [executor(x) for x in images]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(executor, images * 3))
+        for i, logits in enumerate(together):
+            assert np.array_equal(logits, alone[i % 8])
+
+
+def test_a_plan_is_data(tiny_resnet: nn.Module, tmp_path: Path) -> None:
+    plan = runtime.make_plan(select(tiny_resnet).eval(), 40)
+    plan.save(tmp_path)
+    x = torch.randn(1, 3, 40, 40).numpy()
+    assert np.array_equal(runtime.Executor(runtime.Plan.load(tmp_path))(x), runtime.Executor(plan)(x))
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(RunFolderError, match="no plan"):
+        runtime.Plan.load(tmp_path)
+    plan.ops[0]["in_channels"] += 1
+    with pytest.raises(ConfigError, match="channels"):
+        runtime.Executor(plan)
+
+
+def test_wrong_arguments_are_named(tiny_resnet: nn.Module) -> None:
+    executor = runtime.compile(tiny_resnet, input_size=40)
+    with pytest.raises(ConfigError, match="40, 40"):
+        executor(np.zeros((1, 3, 41, 40), np.float32))
+    with pytest.raises(ConfigError, match="threads"):
+        runtime.compile(tiny_resnet, input_size=40, threads=0)
+    with pytest.raises(ConfigError, match="sse9"):
+        runtime.compile(tiny_resnet, input_size=40, isa="sse9")
+    with pytest.raises(ConfigError, match="input_size"):
+        runtime.compile(tiny_resnet)
+
+
+def test_what_is_not_supported_is_refused_by_name(tiny_resnet: nn.Module) -> None:
+    tiny_resnet.layer2[0].act1 = nn.GELU()
+    with pytest.raises(runtime.UnsupportedError, match=r"layer2\.0\.act1 \(GELU\)"):
+        runtime.compile(tiny_resnet, input_size=40)
+
+
+def test_the_profile_names_every_op_and_adds_up(tiny_resnet: nn.Module) -> None:
+    executor = runtime.compile(select(tiny_resnet).eval(), input_size=40)
+    layers = executor.profile(torch.randn(1, 3, 40, 40).numpy(), repeats=3)
+    assert [layer.name for layer in layers] == [op["name"] for op in executor.plan.ops]
+    convs = [layer for layer, op in zip(layers, executor.plan.ops, strict=True) if op["kind"] == "conv"]
+    assert all(layer.predictor > 0 and layer.conv > 0 and layer.total > layer.conv for layer in convs)
