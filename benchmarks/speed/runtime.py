@@ -21,12 +21,14 @@ from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import afds  # first: it makes torchvision importable beside a CPU-only torch
+
+# isort: split
 import numpy as np
 import timm
 import torch
 from torch import nn
 
-import afds
 import afds.runtime
 from afds.cost import CostMeter
 from afds.hardware import _cpu_name
@@ -91,8 +93,8 @@ def runners(models: dict[str, tuple[nn.Module, float]], x: np.ndarray, threads: 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        name = session.get_inputs()[0].name
-        found["ONNX Runtime dense"] = lambda a: session.run(None, {name: a})
+        feed = session.get_inputs()[0].name
+        found["ONNX Runtime dense"] = lambda a, feed=feed: session.run(None, {feed: a})
     except ImportError as error:
         print(f"left out: ONNX Runtime ({error})")
     try:
