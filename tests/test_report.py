@@ -78,7 +78,7 @@ def winners_of(run: Path) -> dict[str, Any]:
              "ranked_between_images": 0.25, "dead": 2, "constant": 3}  # fmt: skip
     return {"weights_sha256": structure["weights"]["sha256"], "when": EVIL, "images": 300, "split": EVIL, "data": EVIL,
             "choosing": 2, "mean": layer,
-            "layers": {EVIL: layer, "layer4.0.conv2": {**layer, "overlap_same": None}}}  # fmt: skip
+            "layers": {"<b onclick=x>$title": layer, "layer4.0.conv2": {**layer, "overlap_same": None}}}  # fmt: skip
 
 
 class Reader(HTMLParser):

@@ -347,10 +347,13 @@ def _inspect(arguments: list[str]) -> int:
     facts = found.to_dict()
     table = Table(title=f"winners on {found.images} images of {found.classes} classes, in %", box=SIMPLE_HEAD,
                   padding=(0, 1, 0, 0))  # fmt: skip
-    left_out = ("#", "d", "across")
+    left_out = ("#", "d", "across", "dead")
     rows = [{name: value for name, value in row.items() if name not in left_out} for row in shown(facts)]
     for name in rows[0]:
-        left, widest = name == "layer", max(len(value) for value in (name, *(row[name][:-2] for row in rows)))
+        left, widest = (
+            name == "layer",
+            max(len(value) for value in (name, *(row[name].removesuffix(" %") for row in rows))),
+        )
         table.add_column(name, justify="left" if left else "right", no_wrap=True, min_width=None if left else widest)
     for row in rows:
         table.add_row(*(value.removesuffix(" %") for value in row.values()))

@@ -151,8 +151,8 @@ def _winners(facts: Facts) -> str:
         _figure(figures.varies_figure(found), VARIES),
     )
     plots = f'<div class="plots">{"".join(drawn)}</div>' if any(drawn) else ""
-    split = text(found.get("split", ""), 20)
-    where = f"On {text(compact(found.get('images')), 20)} images ({split}), {text(found.get('when', ''), 40)}."
+    split = text(found.get("split", ""))
+    where = f"On {text(compact(found.get('images')))} images ({split}), {text(found.get('when', ''))}."
     return f'{said}{_figure(figures.wins_figure(found), WINS)}{plots}{rows}<p class="note">{winners.NOTE} {where}</p>'
 
 
