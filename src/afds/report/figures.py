@@ -167,9 +167,8 @@ def wins_figure(found: dict[str, Any]) -> str:
         ax.set_ylim(0, 1)
         _percents(ax)
         _by_layer(ax, len(rows))
-        handles, names = ax.get_legend_handles_labels()
-        ax.legend(handles, names, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=5, handlelength=0.9,
-                  columnspacing=0.8, borderaxespad=0.2, handletextpad=0.4)  # fmt: skip
+        ax.grid(False)  # it would shine through
+        _legend(ax, 5 if figure.get_figwidth() > _WIDTH else 3)
 
     title = "How often the channels of each layer win"
     return _svg(draw, 2.9, title, width=_WIDE, css="wide") + _svg(draw, 2.5, title, css="narrow")
@@ -278,10 +277,10 @@ def _finish(ax: Axes, facts: Facts, *, legend: bool = False) -> None:
         _legend(ax)
 
 
-def _legend(ax: Axes) -> None:
+def _legend(ax: Axes, columns: int = 4) -> None:
     """Above the drawing, where it covers nothing."""
     handles = ax.get_legend_handles_labels()[0]
-    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=min(len(handles), 4), handlelength=1.1,
+    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=min(len(handles), columns), handlelength=1.1,
               columnspacing=1.1, borderaxespad=0.2, handletextpad=0.5)  # fmt: skip
 
 
