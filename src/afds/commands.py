@@ -346,17 +346,14 @@ def _inspect(arguments: list[str]) -> int:
                         say=lambda line: console.print(line, markup=False, soft_wrap=True))  # fmt: skip
     facts = found.to_dict()
     table = Table(title=f"winners on {found.images} images of {found.classes} classes, in %", box=SIMPLE_HEAD,
-                  padding=(0, 1, 0, 0))  # fmt: skip
-    left_out = ("#", "d", "across", "dead")
-    rows = [{name: value for name, value in row.items() if name not in left_out} for row in shown(facts)]
+                  padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)  # fmt: skip
+    left_out = ("#", "d", "across", "dead")  # 80 characters are soon full
+    rows = [{name: value.removesuffix(" %").replace(" of ", "/") for name, value in row.items() if name not in left_out}
+            for row in shown(facts)]  # fmt: skip
     for name in rows[0]:
-        left, widest = (
-            name == "layer",
-            max(len(value) for value in (name, *(row[name].removesuffix(" %") for row in rows))),
-        )
-        table.add_column(name, justify="left" if left else "right", no_wrap=True, min_width=None if left else widest)
+        table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(value.removesuffix(" %") for value in row.values()))
+        table.add_row(*row.values())
     console.print(table)
     for line in summary(facts):
         console.print(line, markup=False, soft_wrap=True)
