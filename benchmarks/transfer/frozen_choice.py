@@ -4,7 +4,7 @@
 
 frozen      the k channels of the largest mean score on training images win on every image; scales as predicted
 static      the same winners, and each channel's scale is its mean saliency too
-another's   every image gets the saliencies, and so the winners, of another image of its batch, of another class
+another's   every image gets the saliencies, and so the winners, of the image half a batch further on
 `bn`: with batch norm statistics measured anew on training images. Differences are paired, image by image.
 """
 
@@ -90,7 +90,7 @@ def main(options: Options) -> None:
     def report(name: str, right: np.ndarray) -> None:
         difference = right - as_predicted
         own, paired = (100 * x.std(ddof=1) / len(x) ** 0.5 for x in (right, difference))
-        print(f"{name:14} {100 * right.mean():5.1f} +- {own:.1f}   difference {100 * difference.mean():+5.1f} +- "
+        print(f"{name:15} {100 * right.mean():5.1f} +- {own:.1f}   difference {100 * difference.mean():+5.1f} +- "
               f"{paired:.1f}   images that change {int(np.abs(difference).sum())}", flush=True)  # fmt: skip
 
     report("as predicted", as_predicted)
@@ -102,7 +102,7 @@ def main(options: Options) -> None:
         report("another's", hits(run.model))
     for name, network in (("as predicted", copy.deepcopy(run.model)), ("frozen", frozen), ("static", static)):
         reestimate_norms(network, batches, len(batches))
-        report(f"{name} bn"[-14:], hits(network))
+        report(f"{name} bn", hits(network))
 
     never, zeros, both, channels = 0, 0, 0, 0
     moments = observe(run.model, (x_BCHW for x_BCHW, _ in batches))

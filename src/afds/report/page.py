@@ -27,10 +27,13 @@ LAYERS = (
     "Multiply-accumulates per image, mean over the validation images: in grey what the dense network "
     "computes, in colour what is counted here, predictors included."
 )
-WINS = "Channels of each layer, by how many of the images they win on. Full colour at the foot and grey at the head is static."
+WINS = (
+    "Channels of each layer, by how many of the images they win on. Full colour at the foot and grey at the head is "
+    "static."
+)
 OVERLAP = (
-    "Winners that two images share, mean over all pairs. 100 % is the same choice for every image; winners drawn at random "
-    "would share the dotted line."
+    "Winners that two images share, mean over all pairs. 100 % is the same choice for every image; winners drawn at "
+    "random would share the dotted line."
 )
 VARIES = (
     "Part of the variance that lies between images, of the saliencies and of the scores by which winners are ranked "
