@@ -109,7 +109,10 @@ class CompareConfig:
         if len(set(slugs)) != len(slugs):
             raise ConfigError(f"The row {max(slugs, key=slugs.count)!r} is there twice.")
         for budget in self.all_budgets():
-            parse_budget(budget)
+            if parse_budget(budget).ms is not None:
+                raise ConfigError(f"--budgets {budget}: all rows of a comparison are held to the same MACs, and trials "
+                                  "beside one another would disturb a stopwatch. Give ratios such as 5x; `afds fit` "
+                                  "takes milliseconds, `afds measure` times what is done.")  # fmt: skip
         self.reference_row()
 
     def all_rows(self) -> list[Row]:
