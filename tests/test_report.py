@@ -67,7 +67,18 @@ def run(written: Path, tmp_path: Path) -> Path:
         "hardware": {"cpu": EVIL, "versions": {"torch": EVIL}},
     }  # fmt: skip
     (out / "config.json").write_text(json.dumps(config))
+    (out / "winners.json").write_text(json.dumps(winners_of(out)))
     return out
+
+
+def winners_of(run: Path) -> dict[str, Any]:
+    structure = json.loads((run / "structure.json").read_text())
+    layer = {"density": 0.4, "k": 8, "channels": 20, "pruned": 1, "never": 0.5, "rare": 0.05, "some": 0.2, "most": 0.05,
+             "always": 0.2, "overlap": 0.81, "overlap_same": 0.92, "overlap_different": 0.8, "between_images": 0.125,
+             "ranked_between_images": 0.25, "dead": 2, "constant": 3}  # fmt: skip
+    return {"weights_sha256": structure["weights"]["sha256"], "when": EVIL, "images": 300, "split": EVIL, "data": EVIL,
+            "choosing": 2, "mean": layer,
+            "layers": {"<b onclick=x>$title": layer, "layer4.0.conv2": {**layer, "overlap_same": None}}}  # fmt: skip
 
 
 class Reader(HTMLParser):
@@ -165,12 +176,15 @@ def test_garbage_in_every_place(run: Path, value: Any, monkeypatch: pytest.Monke
 
     lines = [*steps()[:3], *epochs()[:3], final()]
     for change in (spoil, shallow):
-        for name in ("config.json", "structure.json"):
+        for name in ("config.json", "structure.json", "winners.json"):
             (run / name).write_text(json.dumps(change(json.loads((run / name).read_text()))))
         write_lines(run, [{**change(line), "kind": line["kind"]} for line in lines])
         page = Reader(write_report(run).read_text(encoding="utf-8"))
         assert page.acting == []
-    for name in ("config.json", "structure.json", "labels.json"):
+    for layers in (value, {"conv1": value}):
+        (run / "winners.json").write_text(json.dumps({"choosing": value, "mean": value, "layers": layers}))
+        assert Reader(write_report(run).read_text(encoding="utf-8")).acting == []
+    for name in ("config.json", "structure.json", "labels.json", "winners.json"):
         (run / name).write_text(json.dumps(value))
     Reader(write_report(run).read_text(encoding="utf-8"))
 
@@ -187,6 +201,20 @@ def test_a_dense_run(tmp_path: Path) -> None:
     write_lines(tmp_path, [*epochs(), final(ratio=1.0, budget="1x")])
     text = " ".join(Reader(write_report(tmp_path).read_text(encoding="utf-8")).text)
     assert "Not worth it" not in text
+
+
+def test_which_channels_win(run: Path) -> None:
+    html = write_report(run).read_text(encoding="utf-8")
+    text = " ".join(Reader(html).text)
+    for wanted in ("Which channels win", "2 of 2 layers have a choice", "50 % win on none of these 300 images, 30 % on "
+                   "some, 20 % on all", "share 81 % of their winners (92 % within a class, 80 % across classes)",
+                   "40 % one at random", "12 % of the variance", "below 10 %", "across classes"):  # fmt: skip
+        assert wanted in text, wanted
+    assert "other weights" not in text
+    (run / "winners.json").write_text(json.dumps({**winners_of(run), "weights_sha256": "0" * 64}))
+    assert "of other weights than" in write_report(run).read_text(encoding="utf-8")
+    (run / "winners.json").unlink()
+    assert "Which channels win" not in write_report(run).read_text(encoding="utf-8")
 
 
 def test_against_the_dense_network_it_began_with(run: Path, tmp_path: Path) -> None:

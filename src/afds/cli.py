@@ -26,6 +26,7 @@ afds makes a classifier for your photos from a pretrained network, at a fraction
   afds measure RUN                    time it beside its dense peer, in every runtime that is installed
   afds compare PHOTOS --methods l2,l2+l1,afds --out DIR
                                       which method is worth it: same budgets, tuning and seeds for all
+  afds inspect RUN                    which channels win: what its predictors do, layer by layer
   afds report RUN                     draw RUN/report.html again
   afds prepare dogs120 FILES --out DIR
                                       a published data set from its archives (--list: which there are)
@@ -33,7 +34,7 @@ afds makes a classifier for your photos from a pretrained network, at a fraction
 RUN is a folder: weights, class names, preprocessing, structure, and the record of how it came about.
 `afds VERB --help` tells a verb's options, `afds --version` the version.
 """
-VERBS = ("fit", "evaluate", "predict", "export", "measure", "report", "compare", "prepare", "demo")
+VERBS = ("fit", "evaluate", "predict", "export", "measure", "inspect", "report", "compare", "prepare", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -103,6 +104,21 @@ class Measure:
 
 
 @dataclass(frozen=True)
+class Inspect:
+    """Which channels win, layer by layer: how dynamic the predictors' choice is.
+
+    Saves RUN/winners.json and draws the report again, which shows it.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Run folder, as `afds fit` wrote it."""
+    data: Path | None = None
+    """Photos in class folders. Default: those the run was fitted on, of these the ones it held out for validation."""
+    images: int = 512
+    """At most so many of them, evenly spaced over the classes."""
+
+
+@dataclass(frozen=True)
 class Report:
     """Draw report.html again from the files of a run folder, also of one that is still training."""
 
@@ -150,6 +166,7 @@ def run(verb: str, arguments: list[str]) -> int:
         "predict": _predict,
         "export": _export,
         "measure": _measure,
+        "inspect": _inspect,
         "report": _report,
         "compare": _compare,
         "demo": _demo,
@@ -315,6 +332,35 @@ def _measure(arguments: list[str]) -> int:
         console.print(f"left out: {what}: {why}", markup=False, soft_wrap=True)
     for line in result.verdict:
         console.print(line, markup=False, soft_wrap=True)
+    return 0
+
+
+def _inspect(arguments: list[str]) -> int:
+    o = tyro.cli(Inspect, prog="afds inspect", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    from afds.inspection import NAME, inspect_run
+    from afds.report import NAME as PAGE
+    from afds.report.winners import shown, summary
+
+    console = Console(highlight=False)
+    found = inspect_run(o.run, data=o.data, images=o.images,
+                        say=lambda line: console.print(line, markup=False, soft_wrap=True))  # fmt: skip
+    facts = found.to_dict()
+    table = Table(title=f"winners on {found.images} images of {found.classes} classes, in %", box=SIMPLE_HEAD,
+                  padding=(0, 1, 0, 0))  # fmt: skip
+    left_out = ("#", "d", "across", "dead")
+    rows = [{name: value for name, value in row.items() if name not in left_out} for row in shown(facts)]
+    for name in rows[0]:
+        left, widest = (
+            name == "layer",
+            max(len(value) for value in (name, *(row[name].removesuffix(" %") for row in rows))),
+        )
+        table.add_column(name, justify="left" if left else "right", no_wrap=True, min_width=None if left else widest)
+    for row in rows:
+        table.add_row(*(value.removesuffix(" %") for value in row.values()))
+    console.print(table)
+    for line in summary(facts):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(f"saved: {o.run / NAME}, {o.run / PAGE}", markup=False, soft_wrap=True)
     return 0
 
 

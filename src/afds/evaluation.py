@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -214,6 +215,28 @@ def labelled_items(run: Run, data_path: Path | str, split: str = "auto") -> tupl
     if absent:
         notes.append(f"{absent} of the run's {len(run.labels)} classes have no image here.")
     return chosen, items, [*folder.warnings, *notes]
+
+
+def first_split(run: Run, place: Path, splits: tuple[str, ...]) -> tuple[str, tuple[Item, ...]]:
+    """The first of these splits that is there, and its images. Raises DataError where none is."""
+    for split in splits[:-1]:
+        with contextlib.suppress(AfdsError):
+            chosen, items, _ = labelled_items(run, place, split)
+            return chosen, items
+    chosen, items, _ = labelled_items(run, place, splits[-1])
+    return chosen, items
+
+
+def spaced(items: tuple[Item, ...], count: int) -> tuple[Item, ...]:
+    """At most ``count``, evenly spaced, which covers the classes."""
+    count = min(count, len(items))
+    return tuple(items[i * len(items) // count] for i in range(count))
+
+
+def eval_batches(run: Run, items: tuple[Item, ...]) -> Iterable[tuple[Tensor, Tensor]]:
+    """Images (B, 3, H, W) as the run sees photos, and labels (B,), in order."""
+    dataset = ImageDataset(items, eval_transform(run.preprocess))
+    return make_loader(dataset, batch_size=32, shuffle=False, seed=0, workers=0)
 
 
 def _choose(run: Run, folder: Folder, split: str) -> tuple[str, tuple[Item, ...], list[str]]:

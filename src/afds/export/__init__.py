@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from afds.artifact import Run, load_run
 from afds.compaction import compact, static
 from afds.cost import has_selection, measure_cost
-from afds.data import ImageDataset, Item, eval_transform, make_loader
+from afds.data import Item
 from afds.errors import AfdsError, ExportError
-from afds.evaluation import labelled_items
+from afds.evaluation import eval_batches, first_split, spaced
 from afds.export.formats import READERS, SUFFIX, WRITERS, check_installed, files_of
 
 FREEZE_IMAGES = 512  # training images on which winners are counted
@@ -90,9 +90,9 @@ def export_run(
     network = compact(run.model)
     if form == "static":
         say(f"Counting winners on {len(training)} training images")
-        network = static(run.model, (x_BCHW for x_BCHW, _ in _batches(run, training)))
+        network = static(run.model, (x_BCHW for x_BCHW, _ in eval_batches(run, training)))
     side, classes = run.preprocess.input_size, len(run.labels)
-    probe = next(iter(_batches(run, held_out[1][:8])))[0] if held_out[1] else _noise(side)[0]
+    probe = next(iter(eval_batches(run, held_out[1][:8])))[0] if held_out[1] else _noise(side)[0]
     ratio = measure_cost(network, [probe]).ratio
     facts = _facts(run, form, ratio)
     temporary = out.with_name(f".{secrets.token_hex(4)}.{out.name}")
@@ -124,7 +124,7 @@ def training_batches(run: Run, data: Path | None = None) -> Iterable[Tensor]:
         ExportError: they are not there any more.
     """
     items = _photos(run, data, lambda line: None, needs_training=True)[1]
-    return (x_BCHW for x_BCHW, _ in _batches(run, items))
+    return (x_BCHW for x_BCHW, _ in eval_batches(run, items))
 
 
 def _where(out: Path | None, run: Run, kind: str, static_form: bool) -> Path:
@@ -151,8 +151,8 @@ def _photos(
     training: tuple[Item, ...] = ()
     if place is not None and (named or place.is_dir()):
         try:
-            held_out = _of(run, place, ("val", "auto"))
-            training = _spaced(_of(run, place, ("train", "all"))[1], FREEZE_IMAGES) if needs_training else ()
+            held_out = first_split(run, place, ("val", "auto"))
+            training = spaced(first_split(run, place, ("train", "all"))[1], FREEZE_IMAGES) if needs_training else ()
         except AfdsError:
             if named:
                 raise
@@ -161,28 +161,7 @@ def _photos(
                           "name their folder with --data.")  # fmt: skip
     if not held_out[1]:
         say("No photos are there to compare the accuracy on (--data names some): logits of random images are compared.")
-    return (held_out[0], _spaced(held_out[1], CHECK_IMAGES)), training
-
-
-def _of(run: Run, place: Path, splits: tuple[str, ...]) -> tuple[str, tuple[Item, ...]]:
-    """The first of these splits that is there."""
-    for split in splits[:-1]:
-        with contextlib.suppress(AfdsError):
-            chosen, items, _ = labelled_items(run, place, split)
-            return chosen, items
-    chosen, items, _ = labelled_items(run, place, splits[-1])
-    return chosen, items
-
-
-def _spaced(items: tuple[Item, ...], count: int) -> tuple[Item, ...]:
-    """At most ``count``, evenly spaced, which covers the classes."""
-    count = min(count, len(items))
-    return tuple(items[i * len(items) // count] for i in range(count))
-
-
-def _batches(run: Run, items: tuple[Item, ...]) -> Iterable[tuple[Tensor, Tensor]]:
-    dataset = ImageDataset(items, eval_transform(run.preprocess))
-    return make_loader(dataset, batch_size=32, shuffle=False, seed=0, workers=0)
+    return (held_out[0], spaced(held_out[1], CHECK_IMAGES)), training
 
 
 def _noise(side: int) -> list[Tensor]:
@@ -213,7 +192,7 @@ def _check(
     """
     predict, (split, items) = READERS[kind](file), held_out
     model = run.model.eval()
-    batches = _batches(run, items) if items else [(x_BCHW, None) for x_BCHW in _noise(run.preprocess.input_size)]
+    batches = eval_batches(run, items) if items else [(x_BCHW, None) for x_BCHW in _noise(run.preprocess.input_size)]
     right, images, differences, largest = np.zeros(3), 0, [], 0.0
     for x_BCHW, y_B in batches:
         ours = network(x_BCHW)

@@ -41,6 +41,8 @@ class Facts:
     lines: list[dict[str, Any]]
     measured: dict[str, Any] = field(default_factory=dict)
     """measure.json, as `afds measure` wrote it."""
+    winners: dict[str, Any] = field(default_factory=dict)
+    """winners.json, as `afds inspect` wrote it."""
     base: Facts | None = None
     """The dense fine-tuning on the same photos that this run began with."""
 
@@ -87,7 +89,7 @@ def read_facts(run: Path) -> Facts:
 def _read(run: Path) -> Facts:
     labels = _json(run / "labels.json")
     config, structure = _json(run / "config.json"), _json(run / "structure.json")
-    measured = _json(run / "measure.json")
+    measured, winners = _json(run / "measure.json"), _json(run / "winners.json")
     return Facts(
         name=run.resolve().name,
         config=config if isinstance(config, dict) else {},
@@ -95,6 +97,7 @@ def _read(run: Path) -> Facts:
         labels=[str(name) for name in labels] if isinstance(labels, list) else [],
         lines=list(_lines(run / "metrics.jsonl")),
         measured=measured if isinstance(measured, dict) else {},
+        winners=winners if isinstance(winners, dict) else {},
     )
 
 

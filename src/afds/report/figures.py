@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from afds.report import winners
 from afds.report.facts import Facts, Layer, number, sub
 
 # Placeholder -> CSS variable. Nothing else in a drawing has these values.
@@ -76,7 +77,7 @@ def accuracy_figure(facts: Facts) -> str:
         )
         above = two[0, 0]
         above.plot(*_xy(accuracy), color=_A)
-        above.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
+        _percents(above)
         _title(above, "validation accuracy")
         if density:
             below = two[1, 0]
@@ -138,15 +139,101 @@ def layers_figure(layers: Sequence[Layer]) -> str:
             if any(heights):
                 ax.bar(x, heights, 0.86, bottom=base, color=colour, label=label)
             base = [a + b for a, b in zip(base, heights, strict=True)]
-        ax.grid(False, axis="x")
-        ax.set_xlim(0.3, len(layers) + 0.7)
-        ax.set_xlabel("layer, in the order of the table")
+        _by_layer(ax, len(layers))
         _title(ax, f"{name} MACs per image")
-        ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
         _legend(ax)
 
     title = "MACs of each layer, dense and counted"
     return _svg(draw, 2.9, title, width=_WIDE, css="wide") + _svg(draw, 2.5, title, css="narrow")
+
+
+def wins_figure(found: dict[str, Any]) -> str:
+    """Channels of each layer stacked by how often they win: always at the foot, never at the head."""
+    rows = [layer for layer in winners.layers(found).values()
+            if all(winners.share(layer, part) is not None for part in winners.PARTS)]  # fmt: skip
+    if not rows:
+        return ""
+    labels = ("always", "90 % and more", "10 to 90 %", "below 10 %", "never")
+    shades = ((_A, 1.0), (_A, 0.72), (_A, 0.48), (_A, 0.26), (_GHOST, 1.0))
+
+    def draw(figure: Figure) -> None:
+        ax = figure.subplots()
+        base = [0.0] * len(rows)
+        for part, label, (colour, alpha) in zip(winners.PARTS, labels, shades, strict=True):
+            heights = [winners.share(layer, part) or 0.0 for layer in rows]
+            ax.bar(range(1, len(rows) + 1), heights, 0.86, bottom=base, color=colour, alpha=alpha, label=label,
+                   linewidth=0)  # fmt: skip
+            base = [a + b for a, b in zip(base, heights, strict=True)]
+        ax.set_ylim(0, 1)
+        _percents(ax)
+        _by_layer(ax, len(rows))
+        handles, names = ax.get_legend_handles_labels()
+        ax.legend(handles, names, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=5, handlelength=0.9,
+                  columnspacing=0.8, borderaxespad=0.2, handletextpad=0.4)  # fmt: skip
+
+    title = "How often the channels of each layer win"
+    return _svg(draw, 2.9, title, width=_WIDE, css="wide") + _svg(draw, 2.5, title, css="narrow")
+
+
+def overlap_figure(found: dict[str, Any]) -> str:
+    """Winners that two images share, by layer: of one class, of two, and what chance would give."""
+    rows = list(winners.layers(found).values())
+    keys = {"same class": "overlap_same", "across classes": "overlap_different", "at random": "density"}
+    series = {label: _by_position(rows, key) for label, key in keys.items()}
+    if not series["same class"] and not series["across classes"]:
+        return ""
+
+    def draw(figure: Figure) -> None:
+        ax = figure.subplots()
+        for (label, points), colour in zip(series.items(), (_B, _A, _MUTED), strict=True):
+            if points and colour == _MUTED:
+                ax.plot(*_xy(points), color=colour, label=label, linestyle=":", linewidth=1.2)
+            elif points:
+                ax.plot(*_xy(points), color=colour, label=label, marker="o", markersize=3.2, linewidth=0.8)
+        ax.set_ylim(0, 1.04)
+        _percents(ax)
+        _by_layer(ax, len(rows))
+        _legend(ax)
+
+    return _svg(draw, 2.5, "Winners that two images share in each layer")
+
+
+def varies_figure(found: dict[str, Any]) -> str:
+    """Share of the variance between images, by layer: of the saliencies and of what ranks them."""
+    rows = list(winners.layers(found).values())
+    keys = {"saliency": "between_images", "rank": "ranked_between_images"}
+    series = {label: _by_position(rows, key) for label, key in keys.items()}
+    if not any(series.values()):
+        return ""
+
+    def draw(figure: Figure) -> None:
+        ax = figure.subplots()
+        for (label, points), colour, shift in zip(series.items(), (_A, _B), (-0.21, 0.21), strict=True):
+            x, y = _xy(points)
+            ax.bar([value + shift for value in x], y, 0.42, color=colour, label=label, linewidth=0)
+        ax.set_ylim(bottom=0)
+        _percents(ax)
+        _by_layer(ax, len(rows))
+        _legend(ax)
+
+    return _svg(draw, 2.5, "Share of the variance of the saliencies between images")
+
+
+def _by_position(rows: Sequence[dict[str, Any]], key: str) -> list[Point]:
+    """(position from 1, share) of the layers that have it."""
+    values = [(float(i), winners.share(layer, key)) for i, layer in enumerate(rows, 1)]
+    return [(x, y) for x, y in values if y is not None]
+
+
+def _by_layer(ax: Axes, count: int) -> None:
+    ax.grid(False, axis="x")
+    ax.set_xlim(0.3, count + 0.7)
+    ax.set_xlabel("layer, in the order of the table")
+    ax.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+
+
+def _percents(ax: Axes) -> None:
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
 
 
 def _weight(facts: Facts, name: str) -> float:

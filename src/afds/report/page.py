@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from importlib import resources
 from string import Template
 
-from afds.report import figures, layers, speed
+from afds.report import figures, layers, speed, winners
 from afds.report.facts import Facts, number, sub
 from afds.report.text import DOT, TIMES, compact, macs, margin, pairs, percent, text
 from afds.report.verdict import verdict
@@ -27,6 +27,15 @@ LAYERS = (
     "Multiply-accumulates per image, mean over the validation images: in grey what the dense network "
     "computes, in colour what is counted here, predictors included."
 )
+WINS = "Channels of each layer, by how many of the images they win on. Dark at the foot and grey at the head is static."
+OVERLAP = (
+    "Winners that two images share, mean over all pairs. 1 is the same choice for every image; winners drawn at random "
+    "would share the dotted line."
+)
+VARIES = (
+    "Part of the variance that lies between images, of the saliencies and of the scores by which winners are ranked "
+    "(saliency times importance). 0: the predictor says the same of every image."
+)
 CHANNELS = {
     "dynamic": "chosen anew for each image",
     "static": "with a constant saliency",
@@ -42,6 +51,7 @@ def render(facts: Facts) -> str:
         _section("What a stopwatch says", speed.table(facts)),
         _section("Where the work is", _layers(facts)),
         _section("Channels", _channels(facts)),
+        _section("Which channels win", _winners(facts)),
         _section("Classes", _classes(facts)),
         _section("Photos", _photos(facts)),
         _section("To repeat it", _repeat(facts)),
@@ -126,6 +136,24 @@ def _channels(facts: Facts) -> str:
         f'<li><i class="{kind}"></i><b>{n:,.0f}</b> {kind}, {CHANNELS[kind]}</li>' for kind, n in totals.items()
     )
     return f'<div class="stack">{bars}</div><ul class="keys">{keys}</ul>'
+
+
+def _winners(facts: Facts) -> str:
+    found = facts.winners
+    rows = winners.table(found)
+    if not rows:
+        return ""
+    said = "".join(f"<p>{text(line)}</p>" for line in winners.summary(found))
+    if found.get("weights_sha256") != sub(facts.structure, "weights").get("sha256"):
+        said = '<p class="warn">These figures are of other weights than the run\'s: run afds inspect again.</p>' + said
+    drawn = (
+        _figure(figures.overlap_figure(found), OVERLAP),
+        _figure(figures.varies_figure(found), VARIES),
+    )
+    plots = f'<div class="plots">{"".join(drawn)}</div>' if any(drawn) else ""
+    split = text(found.get("split", ""))
+    where = f"On {text(compact(found.get('images')))} images ({split}), {text(found.get('when', ''))}."
+    return f'{said}{_figure(figures.wins_figure(found), WINS)}{plots}{rows}<p class="note">{winners.NOTE} {where}</p>'
 
 
 def _classes(facts: Facts) -> str:
