@@ -31,7 +31,7 @@ from afds.progress import Progress
 from afds.record import Record
 from afds.runtimes import check_runtime
 from afds.schedule import parse_budget, solve
-from afds.selection import densities, set_density
+from afds.selection import densities, round_predictors, set_density
 from afds.setup import Setup
 from afds.sources import parse_source
 from afds.training import train
@@ -249,6 +249,8 @@ def _finish(setup: Setup, record: Record, progress: Progress) -> FitResult:
 
     c, fabric, network, splits = setup.config, setup.fabric, setup.network, setup.splits
     assert c.out is not None
+    if setup.plan.descent is not None:
+        round_predictors(network)
     with progress.waiting("Final validation"):
         val = _meet_budget(setup)
     test = None
