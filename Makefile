@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow sanitize lint clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/*)
@@ -22,6 +22,22 @@ test: $(STAMP) lint
 
 test-slow: $(STAMP)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'slow or data'
+
+# The runtime's tests on kernels built under the address and undefined-behaviour sanitizers (g++; minutes to compile).
+# -S leaves out the editable install, which would come before the build under test; libstdc++ is preloaded so that
+# the sanitizer finds the exceptions it is to watch; CPython itself leaks. Arguments of pytest: ARGS='-k family'.
+SANITIZED := build/sanitized
+sanitize: $(SANITIZED)/.built
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 \
+	PYTHONPATH="$(SANITIZED):$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	$(BIN)/python -S -m pytest -p no:cacheprovider tests/test_runtime.py tests/test_runtime_choice.py $(ARGS)
+
+$(SANITIZED)/.built: $(STAMP) CMakeLists.txt $(wildcard kernels/* src/afds/*.py src/afds/*/*.py)
+	rm -rf $(SANITIZED)
+	CXX=g++ $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(SANITIZED) . \
+	  -C build-dir=build/sanitizing -C cmake.build-type=RelWithDebInfo -C cmake.define.AFDS_SANITIZE=ON
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

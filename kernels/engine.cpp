@@ -214,6 +214,32 @@ void Engine::pad_rows(Floats &w, int rows, int columns) {
   w = std::move(out);
 }
 
+PredictorRows Engine::pack_rows(Floats w, int rows, int columns) {
+  PredictorRows out;
+  out.pitch = round_up(columns, kRound);
+  const size_t n = size_t(rows) * columns, size = size_t(rows) * out.pitch;
+  auto bits = [&](size_t i) {
+    uint32_t b;
+    std::memcpy(&b, w.data() + i, sizeof b);
+    return b;
+  };
+  bool fits = true;
+  for (size_t i = 0; i < n && fits; ++i) fits = (bits(i) & 0xffff) == 0;
+  if (!fits) {
+    pad_rows(w, rows, columns);
+    out.f32 = w.data();
+    return out;
+  }
+  auto *to = reinterpret_cast<uint16_t *>(arena_.take(size / 2));
+  for (int r = 0; r < rows; ++r) {
+    uint16_t *row = to + size_t(r) * out.pitch;
+    for (int j = 0; j < columns; ++j) row[j] = static_cast<uint16_t>(bits(size_t(r) * columns + j) >> 16);
+    std::fill(row + columns, row + out.pitch, uint16_t(0));
+  }
+  out.bf16 = to;
+  return out;
+}
+
 void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, int dilation) {
   check_value(c.x), check_value(c.y);
   check(c.in == values_[c.x].channels && c.out == values_[c.y].channels, c.name + ": channels");
@@ -282,8 +308,9 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
     for (int32_t k : g.dynamic) check(k >= 0 && k < c.out, c.name + ": dynamic");
     check(values_[c.x].pooled, c.name + ": its input is not pooled");
     widest_ = std::max({widest_, g.rank, static_cast<int>(n)});
-    pad_rows(g.weight, static_cast<int>(in_rows), static_cast<int>(n));
-    if (g.rank) pad_rows(g.reduce, c.in, g.rank);
+    check(g.scale.size() == size_t(c.in), c.name + ": predictor's scale");
+    g.weight_rows = pack_rows(std::move(g.weight), static_cast<int>(in_rows), static_cast<int>(n));
+    if (g.rank) g.reduce_rows = pack_rows(std::move(g.reduce), c.in, g.rank);
   }
   if (c.rows == Rows::kFixed)
     for (size_t i = 0; i < c.fixed.size(); ++i)
@@ -579,25 +606,33 @@ void Engine::predict(const Run &run, const Conv &c) const {
   const Active &a = ws.active[c.x];
   float *p = ws.p.data() + size_t(run.t) * round_up(widest_, kRound);
   pooled(run, c.x, p);
-  const float *rows[kChunk];
-  auto product = [&](float *h, Share mine, int n, const float *w, const float *p, const int32_t *list, int m) {
+  for (int i = 0; i < a.n; ++i) p[i] *= g.scale.data()[a.list[i]];
+  auto product = [&](float *h, Share mine, const PredictorRows &w, const float *p, const int32_t *list, int m) {
+    const float *rows[kChunk];
+    const uint16_t *halves[kChunk];
+    const int columns = round_up(mine.size(), kRound);
     for (int i = 0; i < m; i += kChunk) {
       const int count = std::min(kChunk, m - i);
-      for (int j = 0; j < count; ++j) rows[j] = w + size_t(list ? list[i + j] : i + j) * round_up(n, kRound) + mine.begin;
-      table_.axpy(h + mine.begin, round_up(mine.size(), kRound), rows, p + i, count);
+      for (int j = 0; j < count; ++j) {
+        const size_t at = size_t(list ? list[i + j] : i + j) * w.pitch + mine.begin;
+        if (w.bf16) halves[j] = w.bf16 + at;
+        else rows[j] = w.f32 + at;
+      }
+      if (w.bf16) table_.axpy_bf16(h + mine.begin, columns, halves, p + i, count);
+      else table_.axpy(h + mine.begin, columns, rows, p + i, count);
     }
   };
   const int n = static_cast<int>(g.dynamic.size());
   if (g.rank) {
     const Share r = share_lines(g.rank, run.t, run.n);
     std::fill(ws.r.data() + r.begin, ws.r.data() + r.end, 0.0f);
-    product(ws.r.data(), r, g.rank, g.reduce.data(), p, a.list.data(), a.n);
+    product(ws.r.data(), r, g.reduce_rows, p, a.list.data(), a.n);
     run.wait();
   }
   const Share mine = share_lines(n, run.t, run.n);
   std::copy(g.bias.data() + mine.begin, g.bias.data() + mine.end, ws.h.data() + mine.begin);
-  if (g.rank) product(ws.h.data(), mine, n, g.weight.data(), ws.r.data(), nullptr, g.rank);
-  else product(ws.h.data(), mine, n, g.weight.data(), p, a.list.data(), a.n);
+  if (g.rank) product(ws.h.data(), mine, g.weight_rows, ws.r.data(), nullptr, g.rank);
+  else product(ws.h.data(), mine, g.weight_rows, p, a.list.data(), a.n);
 }
 
 // One thread: the winners, their scales, the steps of the product, and what all this costs.

@@ -74,10 +74,20 @@ struct Value {
 
 enum class Rows { kAll, kFixed, kDynamic, kFollow };
 
-struct Gate {  // h = W p + b over the dynamic channels, low-rank where reduce is there
+// Rows of weights, each from a multiple of kRound; where bf16 holds all of them exactly, kept as such: half the bytes
+// to read, the same products.
+struct PredictorRows {
+  const float *f32 = nullptr;
+  const uint16_t *bf16 = nullptr;
+  int pitch = 0;
+};
+
+struct Gate {  // h = W (p * scale) + b over the dynamic channels, low-rank where reduce is there
   Floats weight;  // [in or rank][dynamic]
   Floats bias;    // [dynamic]
   Floats reduce;  // [in][rank] or empty
+  Floats scale;   // [in]
+  PredictorRows weight_rows, reduce_rows;  // the same, as they are kept
   int rank = 0;
   std::vector<int32_t> dynamic;  // channels that are predicted
   Floats constant;               // [K] saliency of the static channels, 0 for pruned and dynamic ones
@@ -244,6 +254,7 @@ class Engine {
   void copy_active(Workspace &ws, int from, int to) const;
 
   void pad_rows(Floats &w, int rows, int columns);
+  PredictorRows pack_rows(Floats w, int rows, int columns);
 
   const Table &table_;
   const int threads_;

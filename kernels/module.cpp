@@ -63,6 +63,7 @@ Conv conv_of(const nb::dict &d) {
     c.beta = floats(d, "beta");
     g.weight = floats(d, "predictor_weight");
     g.bias = floats(d, "predictor_bias");
+    g.scale = floats(d, "predictor_scale");
     g.rank = get<int>(d, "rank");
     if (g.rank < 0) throw std::invalid_argument("plan: a negative rank");
     if (g.rank) g.reduce = floats(d, "predictor_reduce");

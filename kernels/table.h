@@ -45,6 +45,7 @@ struct Table {
   TileFn tile[kModes][kMaxRows + 1][kMaxVecs + 1];
   // h[0..n) += sum_i p[i] * rows[i][0..n)
   void (*axpy)(float *h, int n, const float *const *rows, const float *p, int m);
+  void (*axpy_bf16)(float *h, int n, const uint16_t *const *rows, const float *p, int m);
   // how many of keys[0..n) are >= t
   int (*count_ge)(const int32_t *keys, int n, int32_t t);
   // keys[i] = bits of max(q[i] * importance[i], 0), with q[i] = min(max(h[i], 0), ceiling)

@@ -25,6 +25,19 @@ typedef int32_t viu __attribute__((vector_size(L * 4), aligned(4), may_alias));
 
 inline __attribute__((always_inline)) vf load(const float *p) { return *reinterpret_cast<const vfu *>(p); }
 inline __attribute__((always_inline)) void store(float *p, vf v) { *reinterpret_cast<vfu *>(p) = v; }
+// A bf16 number is the upper half of a float32.
+typedef uint16_t hu __attribute__((vector_size(L * 2), aligned(2), may_alias));
+typedef uint32_t vu __attribute__((vector_size(L * 4)));
+inline __attribute__((always_inline)) vf load(const uint16_t *p) {
+  return reinterpret_cast<vf>(__builtin_convertvector(*reinterpret_cast<const hu *>(p), vu) << 16);
+}
+inline float one(float w) { return w; }
+inline float one(uint16_t w) {
+  const uint32_t bits = uint32_t(w) << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, sizeof f);
+  return f;
+}
 inline __attribute__((always_inline)) vf masked(vf v, const uint32_t *m) {
   return reinterpret_cast<vf>(reinterpret_cast<vi>(v) & *reinterpret_cast<const viu *>(m));
 }
@@ -184,10 +197,12 @@ constexpr TileFn entry() {
   else return nullptr;
 }
 
-void axpy(float *h, int n, const float *const *rows, const float *p, int m) {
+// T: float, or uint16_t for bf16.
+template <typename T>
+void axpy(float *h, int n, const T *const *rows, const float *p, int m) {
   int i = 0;
   for (; i + 8 <= m; i += 8) {
-    const float *w[8], *next[8];  // rows are short and scattered: what is read next has to be asked for
+    const T *w[8], *next[8];  // rows are short and scattered: what is read next has to be asked for
     vf s[8];
     for (int r = 0; r < 8; ++r) {
       w[r] = rows[i + r];
@@ -209,14 +224,14 @@ void axpy(float *h, int n, const float *const *rows, const float *p, int m) {
     }
     for (; j < n; ++j) {
       float t = h[j];
-      for (int r = 0; r < 8; ++r) t += p[i + r] * w[r][j];
+      for (int r = 0; r < 8; ++r) t += p[i + r] * one(w[r][j]);
       h[j] = t;
     }
   }
   for (; i < m; ++i) {
-    const float *w = rows[i];
+    const T *w = rows[i];
     const float s = p[i];
-    for (int j = 0; j < n; ++j) h[j] += s * w[j];
+    for (int j = 0; j < n; ++j) h[j] += s * one(w[j]);
   }
 }
 
@@ -339,7 +354,7 @@ void activate(float *v, int n, int act) {
   }
 
 extern const Table AFDS_TABLE = {AFDS_NAME,  L,          AFDS_ACCUMULATORS, {AFDS_ROWS(0), AFDS_ROWS(1), AFDS_ROWS(2), AFDS_ROWS(3)},
-                                 axpy,       count_ge,   score,             stage,            max3,
+                                 axpy<float>, axpy<uint16_t>, count_ge, score, stage, max3,
                                  stride_max, stride_add, eltwise,           activate};
 
 }  // namespace afds

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from afds import runtime
 from afds.cli import main
 from afds.data import write_digits
 
@@ -53,8 +54,9 @@ def test_commands_of_the_readme(
     for command in commands():
         verb, *rest = command
         verbs.add(verb)
-        if verb == "demo" or "--resume" in rest:
+        if verb == "demo" or "--resume" in rest or ("8ms" in rest and not runtime.is_built()):
             continue  # a test of its own: test_training.py
+        rest = ["0.04ms" if word == "8ms" else word for word in rest]  # the tiny network takes 0.01 to 0.07
         rest = ["resnet18:tiny/model.safetensors" if word == "resnet50" else word for word in rest]
         if verb == "compare":
             rest += ["--source", "resnet18:tiny/model.safetensors", *TINY, *COMPARE]

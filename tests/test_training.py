@@ -18,6 +18,7 @@ from afds.data import write_digits
 from afds.errors import BudgetError, ConfigError, DataError, RunFolderError
 from afds.fitting import fit, read_result
 from afds.schedule import MARGIN
+from afds.selection import gates
 from afds.training import Task, learning_rate, parameter_groups
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}'
@@ -62,6 +63,8 @@ def test_budget_is_met_on_validation_images(finished: Path) -> None:
     result = read_result(finished)
     assert result.cost.ratio >= 3.0
     assert lines(finished, "final")[0]["ratio"] == pytest.approx(result.cost.ratio)
+    for gate in gates(load_run(finished).model).values():  # the runtime reads half the bytes
+        assert torch.equal(gate.predictor.weight, gate.predictor.weight.bfloat16().float())
     stages = lines(finished, "stage")
     assert len(stages) == 3
     assert [s["target_ratio"] for s in stages] == pytest.approx([(3 * MARGIN) ** (i / 3) for i in (1, 2, 3)])

@@ -33,7 +33,7 @@ import afds.runtime
 from afds.cost import CostMeter
 from afds.hardware import _cpu_name
 from afds.schedule import solve, uniform
-from afds.selection import SelectionConfig, gates
+from afds.selection import SelectionConfig, gates, round_predictors
 
 Runner = Callable[[np.ndarray], object]
 
@@ -78,6 +78,7 @@ def sparse(model: nn.Module, ratio: float, x: torch.Tensor, predictor: str) -> t
     selective = afds.select(model, SelectionConfig(predictor=predictor)).eval()  # type: ignore[arg-type]
     for gate in gates(selective).values():
         nn.init.normal_(gate.predictor.weight, std=0.3)
+    round_predictors(selective)  # as `fit` does
     solve(selective, uniform(selective), ratio, [x])
     return selective, CostMeter(selective).mean([x]).ratio
 

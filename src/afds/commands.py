@@ -364,6 +364,7 @@ def _inspect(arguments: list[str]) -> int:
 def _compare(arguments: list[str]) -> int:
     from afds.compare.plan import CompareConfig
 
+    arguments = _bare_ray(arguments)
     config = tyro.cli(CompareConfig, prog="afds compare", args=arguments, description=CompareConfig.__doc__)
     from afds.compare.page import write_page
     from afds.compare.run import compare
@@ -381,6 +382,12 @@ def _compare(arguments: list[str]) -> int:
     write_tables(config.out, found, note)
     print(write_page(config.out, found, note))
     return 0
+
+
+def _bare_ray(arguments: list[str]) -> list[str]:
+    """`--ray` without an address means a cluster of this machine alone."""
+    bare = [a == "--ray" and b.startswith("--") for a, b in zip(arguments, [*arguments[1:], "--"], strict=True)]
+    return [word for a, alone in zip(arguments, bare, strict=True) for word in ([a, "local"] if alone else [a])]
 
 
 def _at_least(name: str, value: int, least: int) -> None:

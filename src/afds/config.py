@@ -224,6 +224,25 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class LatencyConfig:
+    """How a budget in milliseconds (`--budget 8ms`) is measured: one image a call, on this machine's CPU."""
+
+    runtime: Literal["native", "onnx", "openvino", "torch"] = "native"
+    """What will run the network."""
+    threads: int = 1
+    """CPU threads of a call."""
+    calls: int = 50
+    """Calls, in five groups; the median of the quietest group counts."""
+    ratio: float = 0.0
+    """Ratio of MACs that the budget comes to; 0: measured at the start, and then kept in the record."""
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.threads <= 1024, "latency.threads", self.threads, "from 1 to 1024")
+        _require(5 <= self.calls <= 10_000, "latency.calls", self.calls, "from 5 to 10000")
+        _require(self.ratio == 0 or self.ratio > 1, "latency.ratio", self.ratio, "0, or above 1")
+
+
+@dataclass(frozen=True)
 class HardwareConfig:
     """Where it runs."""
 
@@ -247,8 +266,8 @@ class FitConfig:
     source: str = "resnet50"
     """Pretrained network: a timm name, `NAME:weights.safetensors`, or the folder of an earlier run."""
     budget: str = ""
-    """How cheap: a ratio of MACs (`10x`) or MACs per image (`0.8G`). `1x` keeps all. Default: 5x, or 1x for a method
-    without compression."""
+    """How cheap: a ratio of MACs (`10x`), MACs per image (`0.8G`), or milliseconds per image on this machine (`8ms`,
+    see --latency). `1x` keeps all. Default: 5x, or 1x for a method without compression."""
     out: Path | None = None
     """Run folder to write."""
     method: str = "afds"
@@ -283,6 +302,7 @@ class FitConfig:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
     descent: DescentConfig = field(default_factory=DescentConfig)
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:

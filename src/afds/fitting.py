@@ -26,10 +26,12 @@ from afds.errors import ConfigError, DataError, RunFolderError
 from afds.evaluation import Metrics, evaluate
 from afds.files import read_json, write_json
 from afds.hardware import make_fabric, resolve_device
+from afds.latency import solve_latency
 from afds.progress import Progress
 from afds.record import Record
+from afds.runtimes import check_runtime
 from afds.schedule import parse_budget, solve
-from afds.selection import densities
+from afds.selection import densities, round_predictors, set_density
 from afds.setup import Setup
 from afds.sources import parse_source
 from afds.training import train
@@ -46,6 +48,7 @@ class FitResult:
     test: Metrics | None
     cost: Cost
     seconds: float  # of training, all steps of this run folder
+    latency_ms: float | None = None  # of one image, where the budget was in milliseconds
 
 
 def fit(config: FitConfig, *, quiet: bool = False) -> FitResult:
@@ -61,7 +64,8 @@ def fit(config: FitConfig, *, quiet: bool = False) -> FitResult:
         missing = "a folder of photos" if config.data is None else "--out RUN, the folder to write"
         raise ConfigError(f"afds fit needs {missing} (or --resume RUN).")
     _check_out(config.out, resuming=config.resume is not None)
-    parse_budget(config.budget)  # what can be told without the photos is told before they are read
+    if parse_budget(config.budget).ms is not None:  # what can be told without the photos is told before they are read
+        check_runtime(config.latency.runtime)
     resolve_device(config.hardware)
     if not is_run(config.source):
         parse_source(config.source)
@@ -74,6 +78,7 @@ def fit(config: FitConfig, *, quiet: bool = False) -> FitResult:
     splits, facts = read_photos(config, progress)
     fabric.barrier()  # all have looked at --out before one writes there
     setup = Setup(config, splits, fabric)  # also where steps come first: what is wrong is wrong now
+    config = setup.config  # with what milliseconds come to
     out = config.out
     assert out is not None
     if fabric.is_global_zero and config.resume is None:
@@ -106,7 +111,8 @@ def read_result(out: Path) -> FitResult:
     layers = {name: LayerCost(**layer) for name, layer in saved["layers"].items()}
     cost = Cost(layers, final["val"]["images"], saved.get("reference_macs", 0.0))
     test = _metrics(final["test"], final.get("test_hits") or "") if final["test"] else None
-    return FitResult(out, _metrics(final["val"]), test, cost, final["seconds"])
+    latency = (final.get("latency") or {}).get("ms")
+    return FitResult(out, _metrics(final["val"]), test, cost, final["seconds"], latency)
 
 
 def _metrics(saved: dict[str, Any], hits: str = "") -> Metrics:
@@ -243,6 +249,8 @@ def _finish(setup: Setup, record: Record, progress: Progress) -> FitResult:
 
     c, fabric, network, splits = setup.config, setup.fabric, setup.network, setup.splits
     assert c.out is not None
+    if setup.plan.descent is not None:
+        round_predictors(network)
     with progress.waiting("Final validation"):
         val = _meet_budget(setup)
     test = None
@@ -251,11 +259,14 @@ def _finish(setup: Setup, record: Record, progress: Progress) -> FitResult:
             meter = CostMeter(network, setup.plan.reference_macs)
             test = evaluate(network, setup.eval_loader(splits.test), len(splits.classes), count_macs=meter)
     assert val.cost is not None
+    latency: dict[str, Any] | None = None
+    if setup.stopwatch is not None:
+        latency = {"ms": setup.stopwatch(network), "asked_ms": setup.plan.ms, "how": setup.stopwatch.describe()}
     seconds = sum(line["seconds"] for line in record.lines("epoch"))
     seconds += sum(read_result(c.out / step).seconds for step in STEPS if is_run(c.out / step))
     record.write("final", val=val.to_dict(), test=test.to_dict() if test else None, budget=c.budget,
                  dense_macs=val.cost.dense, counted_macs=val.cost.counted, ratio=val.cost.ratio,
-                 test_hits=test.hits if test else None, seconds=seconds)  # fmt: skip
+                 test_hits=test.hits if test else None, seconds=seconds, latency=latency)  # fmt: skip
     if fabric.is_global_zero:
         save_run(
             c.out, model=network, arch=setup.arch, arch_args=setup.arch_args, num_classes=len(splits.classes),
@@ -270,7 +281,7 @@ def _finish(setup: Setup, record: Record, progress: Progress) -> FitResult:
             )
         (c.out / "last.ckpt").unlink(missing_ok=True)
     fabric.barrier()
-    result = FitResult(c.out, val, test, val.cost, seconds)
+    result = FitResult(c.out, val, test, val.cost, seconds, latency["ms"] if latency else None)
     progress.say(_closing(result, c))
     return result
 
@@ -281,9 +292,18 @@ def _meet_budget(setup: Setup) -> Metrics:
     meter = CostMeter(setup.network, setup.plan.reference_macs)
     metrics = evaluate(setup.network, setup.plan.val_loader, classes, count_macs=meter)
     assert metrics.cost is not None
+    now = densities(setup.network)
+    ms, watch = setup.plan.ms, setup.stopwatch
+    if setup.plan.descent is not None and ms is not None and watch is not None:
+        late = bool(setup.fabric.broadcast(watch(setup.network) > ms))
+        if not late:
+            return metrics
+        if setup.fabric.is_global_zero:
+            solve_latency(setup.network, lambda t: {name: max(1e-4, d * t) for name, d in now.items()}, ms, watch)
+        set_density(setup.network, setup.fabric.broadcast(densities(setup.network)))
+        return evaluate(setup.network, setup.plan.val_loader, classes, count_macs=True)
     if setup.plan.descent is None or metrics.cost.ratio >= setup.ratio:
         return metrics
-    now = densities(setup.network)
     batches = [x_BCHW.to(setup.fabric.device) for x_BCHW, _ in setup.plan.val_loader]
     solve(setup.network, lambda t: {name: max(1e-4, d * t) for name, d in now.items()}, setup.ratio, batches)
     return evaluate(setup.network, setup.plan.val_loader, classes, count_macs=True)
@@ -304,6 +324,10 @@ def _closing(result: FitResult, config: FitConfig) -> str:
 
     lines = [f"{accuracies(result)}, {result.cost.counted / 1e6:.1f} M MACs per image, "
              f"{result.cost.ratio:.2f}x fewer than dense"]  # fmt: skip
+    if result.latency_ms is not None:
+        c = config.latency
+        lines.append(f"{result.latency_ms:.2f} ms per image here ({c.runtime}, {c.threads} "
+                     f"thread{'s' if c.threads > 1 else ''}), {config.budget} asked")  # fmt: skip
     base = Path(config.source)
     if config.method == "afds" and config.budget != "1x" and is_run(base):
         lines.append(f"fine-tuned at full cost ({base}): {accuracies(read_result(base))}")

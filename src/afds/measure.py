@@ -19,7 +19,6 @@ import importlib.util
 import os
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -37,13 +36,11 @@ from afds.compaction import compact, static
 from afds.cost import has_selection, measure_cost
 from afds.errors import AfdsError, ConfigError
 from afds.export import training_batches
-from afds.export.formats import Predictor, onnx_bytes, open_onnx, open_openvino
-from afds.export.skipping import skipping_network
 from afds.files import write_json
 from afds.hardware import stamp
+from afds.runtimes import OPENERS, RUNTIMES, Predictor
 
 FORMS = ("dense", "static", "dynamic")
-RUNTIMES = ("torch", "compiled", "onnx", "openvino", "native")
 NAME = "measure.json"
 WARM_UP = 3  # calls before the first that counts
 WORTH_IT = 1.1  # faster than the fastest dense row by less: nobody would notice
@@ -239,63 +236,10 @@ def _row(form: str, runtime: str, threads: int, batch: int, times: list[float], 
     return Row(form, runtime, threads, batch, statistics.median(ms), at(0.25), at(0.75), at(0.9), len(ms), ratio)
 
 
-# --- Runtimes: a network as something that computes
-
-
-def _torch(network: nn.Module, form: str, side: int, classes: int, threads: int) -> Predictor:
-    module = skipping_network(network, side) if form == "dynamic" else network
-    return _run_torch(module)
-
-
-def _compiled(network: nn.Module, form: str, side: int, classes: int, threads: int) -> Predictor:
-    module = skipping_network(network, side) if form == "dynamic" else network
-    return _run_torch(torch.compile(module))
-
-
-def _run_torch(module: Any) -> Predictor:
-    def predict(x_BCHW: np.ndarray) -> np.ndarray:
-        with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return module(torch.from_numpy(x_BCHW)).numpy()
-
-    return predict
-
-
-def _onnx(network: nn.Module, form: str, side: int, classes: int, threads: int) -> Predictor:
-    _there("onnxruntime", "onnx")
-    return open_onnx(onnx_bytes(network, side, classes, form == "dynamic"), threads)
-
-
-def _openvino(network: nn.Module, form: str, side: int, classes: int, threads: int) -> Predictor:
-    _there("openvino", "openvino")
-    return open_openvino(onnx_bytes(network, side, classes, form == "dynamic"), threads)
-
-
-def _native(network: nn.Module, form: str, side: int, classes: int, threads: int) -> Predictor:
-    if importlib.util.find_spec("afds.runtime") is None:
-        raise ConfigError("the native runtime is not built into this afds")
-    from afds import runtime  # type: ignore[attr-defined]
-
-    if not runtime.is_built():
-        raise ConfigError("the native runtime is not built: install afds again where there is a C++ compiler")
-    return runtime.compile(network, input_size=side, threads=threads)
-
-
-def _there(package: str, extra: str) -> None:
-    for name in (package, "onnx", "onnxscript"):
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"{name} is not installed: pip install 'afds[{extra}]'")
-
-
-OPENERS: dict[str, Callable[[nn.Module, str, int, int, int], Predictor]] = {
-    "torch": _torch, "compiled": _compiled, "onnx": _onnx, "openvino": _openvino, "native": _native,
-}  # fmt: skip
-
-
 def _profile(network: nn.Module, side: int, result: Measurement) -> list[dict[str, Any]]:
     """Time by layer in the native runtime, one thread, one image."""
     try:
-        executor: Any = _native(network, "dynamic", side, 0, 1)
+        executor: Any = OPENERS["native"](network, "dynamic", side, 0, 1)
     except AfdsError as error:
         result.skipped["profile"] = str(error)
         return []

@@ -29,18 +29,22 @@ from afds.selection import gates, set_density
 
 @dataclass(frozen=True)
 class Budget:
-    """A bound on counted MACs per image: a ratio to the dense network's, or a number."""
+    """A bound on an image's cost: counted MACs, as a ratio to the dense network's or a number, or milliseconds."""
 
     text: str
     ratio: float | None = None
     macs: float | None = None
+    ms: float | None = None
 
     def wanted_ratio(self, dense_macs: float) -> float:
         """How many times fewer MACs than ``dense_macs``.
 
         Raises:
             BudgetError: the dense network costs less than the budget already.
+            ValueError: a latency, which only a stopwatch can turn into MACs (`afds.latency`).
         """
+        if self.ms is not None:
+            raise ValueError("a latency has no ratio of MACs until it is measured")
         if self.ratio is not None:
             return self.ratio
         assert self.macs is not None
@@ -51,24 +55,24 @@ class Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """Read `10x` (fewer MACs), `0.8G` or `800M` (MACs per image).
+    """Read `10x` (fewer MACs), `0.8G` or `800M` (MACs per image), or `8ms` (milliseconds per image, measured).
 
     Raises:
         BudgetError: anything else, or a ratio below 1.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(x|ms|[kMG])(?:MACs?)?\s*", text)
     if not match:
-        raise BudgetError(f"Cannot read the budget {text!r}: write a ratio of MACs such as 10x, or MACs per image "
-                          "such as 0.8G or 800M.")  # fmt: skip
+        raise BudgetError(f"Cannot read the budget {text!r}: write a ratio of MACs such as 10x, MACs per image such "
+                          "as 0.8G or 800M, or milliseconds per image such as 8ms.")  # fmt: skip
     value, unit = float(match[1]), match[2]
-    if unit == "ms":
-        raise BudgetError(f"The budget {text!r} is a latency; this version takes MACs: a ratio such as 5x, or 0.8G.")
     if unit == "x":
         if value < 1:
             raise BudgetError(f"The budget {text!r} asks for more than the dense network: a ratio is 1x or more.")
         return Budget(text, ratio=value)
     if value <= 0:
-        raise BudgetError(f"The budget {text!r} leaves nothing: give MACs above 0.")
+        raise BudgetError(f"The budget {text!r} leaves nothing: give a number above 0.")
+    if unit == "ms":
+        return Budget(text, ms=value)
     return Budget(text, macs=value * {"k": 1e3, "M": 1e6, "G": 1e9}[unit])
 
 
@@ -118,18 +122,46 @@ def solve(
 
     meter = CostMeter(model)
 
+    def unreachable() -> str:
+        cost = meter.mean(batches)
+        return (f"A budget of {ratio:.4g}x cannot be reached: with one channel in every layer this network is "
+                f"{cost.ratio:.4g}x cheaper ({cost.counted / 1e6:.1f} of {cost.dense / 1e6:.1f} M MACs). Ask for less, "
+                "or take a network with a smaller head.")  # fmt: skip
+
+    return search(model, allocation, lambda: meter.mean(batches).ratio >= ratio, unreachable, upper=upper, steps=steps)
+
+
+def search(
+    model: nn.Module,
+    allocation: Allocation,
+    met: Callable[[], bool],
+    unreachable: Callable[[], str],
+    *,
+    upper: float = 1.0,
+    steps: int = 9,
+) -> float:
+    """Set the largest densities along ``allocation`` at which the budget is ``met``, by halving log t.
+
+    Args:
+        met: whether the model, at its present densities, is within the budget.
+        unreachable: what to say where one channel in every layer is still too dear.
+        upper: do not look above this t: the density only falls.
+        steps: halvings of the interval of log t.
+    Returns:
+        t; the model's densities are set accordingly.
+    Raises:
+        BudgetError: one channel in every layer still costs more.
+    """
+
     def reaches(t: float) -> bool:
         set_density(model, allocation(t))
-        return meter.mean(batches).ratio >= ratio
+        return met()
 
     if reaches(upper):
         return upper
     low, high = 1e-3, upper
     if not reaches(low):
-        cost = meter.mean(batches)
-        raise BudgetError(f"A budget of {ratio:.4g}x cannot be reached: with one channel in every layer this network "
-                          f"is {cost.ratio:.4g}x cheaper ({cost.counted / 1e6:.1f} of {cost.dense / 1e6:.1f} M MACs). "
-                          "Ask for less, or take a network with a smaller head.")  # fmt: skip
+        raise BudgetError(unreachable())
     for _ in range(steps):
         middle = (low * high) ** 0.5
         if reaches(middle):

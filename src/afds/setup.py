@@ -36,7 +36,8 @@ from afds.distillation import AttentiveDistillation, FrozenNetwork, feature_size
 from afds.errors import BudgetError, ConfigError
 from afds.graph import convbn_units, residual_blocks, stage_ends, unit_roles
 from afds.hardware import stamp
-from afds.schedule import parse_budget, plan_descent, solve, uniform
+from afds.latency import Stopwatch, ratio_for
+from afds.schedule import parse_budget, plan_descent, solve, sparing_stream, uniform
 from afds.selection import SelectionConfig, gates, select, selective_units, set_density
 from afds.sources import check_supported, load_source
 from afds.training import Plan, Task
@@ -84,7 +85,10 @@ class Setup:
         if not has_selection(network):
             check_supported(network, size)
         self.dense_macs = measure_cost(network, self._images(splits.val, 1)).dense
-        self.ratio = budget.wanted_ratio(self.dense_macs)
+        if budget.ms is not None and compression != "afs":
+            raise ConfigError(f"--budget {config.budget}: a latency can be asked of methods with +afs; give "
+                              f"{config.method} a ratio of MACs such as 5x.")  # fmt: skip
+        self.ratio = config.latency.ratio if budget.ms is not None else budget.wanted_ratio(self.dense_macs)
         self.reference_macs = 0.0
         if compression in ("small", "lowres", "small+lowres"):
             network = self._cheaper(network, compression, transfer)
@@ -97,6 +101,10 @@ class Setup:
                               "network. Use a method with +afs, or another source.")  # fmt: skip
         self.network = network.requires_grad_(True)
         probe = self._images(splits.val, config.descent.images)
+        self.stopwatch: Stopwatch | None = None
+        if budget.ms is not None:
+            self.stopwatch = Stopwatch(probe, len(splits.classes), config.latency)
+            config = self._time(budget.ms, self.stopwatch, probe)
         selects = has_selection(network) and self.ratio > 1
         if selects:  # a hopeless budget: now, not after hours
             solve(network, uniform(network), self.ratio, probe[:1], steps=0)
@@ -127,7 +135,21 @@ class Setup:
             reference=reference,
             refit_on=tuple(self._images(splits.train, config.descent.reconstruct)) if refits else (),
             pruning=self._pruning(compression, size, total_steps), reference_macs=self.reference_macs,
+            ms=budget.ms, stopwatch=self.stopwatch,
         )  # fmt: skip
+
+    def _time(self, ms: float, stopwatch: Stopwatch, probe: Sequence[Tensor]) -> FitConfig:
+        """What the milliseconds come to in MACs, unless the record says so already; into `config` and `ratio`."""
+        if not self.ratio:
+            allocation = sparing_stream if self.config.descent.allocation == "stream" else uniform
+            found = 0.0
+            if self.fabric.is_global_zero:  # the others would only disturb the measurement
+                found = ratio_for(self.network, allocation(self.network), ms, stopwatch, probe)
+                set_density(self.network, 1.0)
+            self.ratio = float(self.fabric.broadcast(found))
+            latency = dataclasses.replace(self.config.latency, ratio=self.ratio)
+            self.config = dataclasses.replace(self.config, latency=latency)
+        return self.config
 
     def _cheaper(self, whole: nn.Module, compression: str, transfer: str) -> nn.Module:
         """The network that is trained in place of ``whole``: smaller, on smaller images, or both."""

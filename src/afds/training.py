@@ -36,6 +36,7 @@ from afds.distillation import FrozenNetwork, TapPoint, tap, tap_points
 from afds.errors import TrainingError
 from afds.evaluation import evaluate
 from afds.importance import Importance, by_importance, estimate, set_importance
+from afds.latency import Stopwatch, solve_latency
 from afds.masks import mask_counts, update_masks
 from afds.reconstruction import reconstruct
 from afds.record import Record
@@ -143,6 +144,8 @@ class Plan:
     refit_on: tuple[Tensor, ...] = ()  # training images
     pruning: Pruning | None = None
     reference_macs: float = 0.0  # of the network that the budget is stated against, where it is not this one
+    ms: float | None = None  # a budget in milliseconds
+    stopwatch: Stopwatch | None = None
 
 
 def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Callable[[dict[str, Any]], None]) -> None:
@@ -343,7 +346,12 @@ def _stages(fabric: Fabric, plan: Plan, state: _State, step: int, record: Record
             set_importance(network, importance)
         allocation = choose_allocation(network, plan.config, importance, plan.probe)
         target = descent.target(state.stage)
-        t = solve(network, allocation, target, plan.probe)
+        last = state.stage == len(descent.stage_steps) - 1
+        if last and plan.ms is not None and plan.stopwatch is not None:
+            # rank 0 alone holds the stopwatch, `_agree` hands round what it found
+            t = solve_latency(network, allocation, plan.ms, plan.stopwatch) if fabric.is_global_zero else 0.0
+        else:
+            t = solve(network, allocation, target, plan.probe)
         unexplained = _reconstruct(plan, state)
         _agree(fabric, network)
         record.write("stage", epoch=epoch, step=step, target_ratio=target, t=t, densities=densities(network),

@@ -76,7 +76,10 @@ class CompareConfig:
     reference: str = ""
     """Row that the others are compared with. Default: afds where it is there, else the first."""
     jobs: int = 1
-    """Trials at a time, each a process with its share of the cores."""
+    """Trials at a time, each a process with its share of the cores. With --ray: at a time on each node."""
+    ray: str | None = None
+    """Run the trials on the Ray cluster at this address (HOST:PORT, ray://HOST:PORT, auto); local, or no address,
+    starts one here. Photos, weights and --out must be on a file system that all nodes share."""
     dry_run: bool = False
     """Check all, list the trials and stop."""
     source: str = "resnet50"
@@ -100,6 +103,8 @@ class CompareConfig:
         for name in ("seeds", "epochs", "base_epochs", "jobs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}.")
+        if self.ray is not None and self.hardware.devices > 1:
+            raise ConfigError("--ray: a trial on Ray trains on one device; leave out --hardware.devices.")
         if not 1 <= self.trials <= len(CANDIDATES):
             raise ConfigError(f"--trials must be from 1 to {len(CANDIDATES)}, got {self.trials}.")
         names = [path.resolve().name for path in self.data]
@@ -109,7 +114,10 @@ class CompareConfig:
         if len(set(slugs)) != len(slugs):
             raise ConfigError(f"The row {max(slugs, key=slugs.count)!r} is there twice.")
         for budget in self.all_budgets():
-            parse_budget(budget)
+            if parse_budget(budget).ms is not None:
+                raise ConfigError(f"--budgets {budget}: all rows of a comparison are held to the same MACs, and trials "
+                                  "beside one another would disturb a stopwatch. Give ratios such as 5x; `afds fit` "
+                                  "takes milliseconds, `afds measure` times what is done.")  # fmt: skip
         self.reference_row()
 
     def all_rows(self) -> list[Row]:
@@ -234,7 +242,7 @@ def override_all(config: FitConfig, values: dict[str, Any], where: str) -> FitCo
 def identity(c: CompareConfig) -> dict[str, Any]:
     """What must not change under results that are there: all but the lists that may grow."""
     values: dict[str, Any] = to_json(c)
-    for grows in ("data", "out", "methods", "rows", "budgets", "seeds", "jobs", "dry_run", "reference"):
+    for grows in ("data", "out", "methods", "rows", "budgets", "seeds", "jobs", "ray", "dry_run", "reference"):
         values.pop(grows)
     values["tune_at"] = c.tuned_at() if c.trials > 1 else ""
     return values

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
-import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from afds.artifact import is_run
@@ -30,6 +27,7 @@ from afds.compare.plan import (
     make_plan,
     whole_fit,
 )  # fmt: skip
+from afds.compare.pools import make_pool
 from afds.compare.rows import Row
 from afds.config import FitConfig, resolve_method, to_json
 from afds.errors import AfdsError, ConfigError, RunFolderError, TrainingError
@@ -50,6 +48,12 @@ def compare(c: CompareConfig, console: Console | None = None) -> list[dict[str, 
     console = console or Console(highlight=False)
     c = _same_precision(c)
     check_folder(c)
+    pool, slots = make_pool(c)
+    with pool:  # what may be wrong with a cluster is told before the photos are read
+        return _compare(c, console, pool, slots)
+
+
+def _compare(c: CompareConfig, console: Console, pool: Executor, slots: int | None) -> list[dict[str, Any]]:
     prints = preflight(c, console)
     plan = make_plan(c)
     if c.dry_run:
@@ -74,7 +78,7 @@ def compare(c: CompareConfig, console: Console | None = None) -> list[dict[str, 
                       markup=False, soft_wrap=True)  # fmt: skip
 
     rows = {row.name: row for row in c.all_rows()}
-    (_one_by_one if c.jobs == 1 else _in_parallel)(c, todo, lines, rows, note)
+    _run(pool, slots or len(plan), todo, lines, rows, note)
     # Measured since: `afds measure RUN` may come at any time.
     return [lines[trial.key] | {"latency_ms": _latency(c.out / trial.key)} for trial in plan]
 
@@ -160,25 +164,17 @@ def _known_lines(c: CompareConfig) -> dict[str, dict[str, Any]]:
     return lines
 
 
-def _one_by_one(c: CompareConfig, todo: dict[str, Trial], lines: dict[str, Any], rows: dict[str, Row],
-                note: Callable[[dict[str, Any]], None]) -> None:  # fmt: skip
-    for trial in _in_order(todo):
-        note(run_trial(_ready(trial, lines, rows)))
-
-
-def _in_parallel(c: CompareConfig, todo: dict[str, Trial], lines: dict[str, Any], rows: dict[str, Row],
-                 note: Callable[[dict[str, Any]], None]) -> None:  # fmt: skip
-    threads = max(1, (os.cpu_count() or 1) // c.jobs)
-    left, running = dict(todo), dict[Future[dict[str, Any]], str]()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(c.jobs, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-        while left or running:
-            for key in [k for k, t in left.items() if all(n in lines for n in t.needs)]:
-                if len(running) < c.jobs:
-                    running[pool.submit(run_trial, _ready(left.pop(key), lines, rows))] = key
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                del running[future]
-                note(future.result())
+def _run(pool: Executor, slots: int, todo: dict[str, Trial], lines: dict[str, Any], rows: dict[str, Row],
+         note: Callable[[dict[str, Any]], None]) -> None:  # fmt: skip
+    """Hand ``slots`` trials at a time to the pool, none before those that it needs; note their lines as they come."""
+    left, running = {trial.key: trial for trial in _in_order(todo)}, set[Future[dict[str, Any]]]()
+    while left or running:
+        for key in [k for k, t in left.items() if all(n in lines for n in t.needs)]:
+            if len(running) < slots:
+                running.add(pool.submit(run_trial, _ready(left.pop(key), lines, rows)))
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            note(future.result())
 
 
 def _in_order(todo: dict[str, Trial]) -> list[Trial]:

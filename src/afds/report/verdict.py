@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 from afds.report.facts import Facts, number, sub
 
@@ -41,7 +42,16 @@ def _saving(facts: Facts) -> list[Sentence]:
         return [("bad", f"Not worth it: {ratio:.2f} times fewer MACs than dense is next to nothing.")]
     if asked is not None and ratio < asked * 0.995:
         return [("bad", f"The budget of {asked:g}x was not met.")]
-    return []
+    return _latency(sub(facts.final, "latency"))
+
+
+def _latency(latency: dict[str, Any]) -> list[Sentence]:
+    """Whether a budget in milliseconds was met, on the machine that trained."""
+    ms, wanted = number(latency.get("ms")), number(latency.get("asked_ms"))
+    if ms is None or wanted is None:
+        return []
+    took = f"An image takes {ms:.2f} ms on this machine ({latency.get('how', '')}), {wanted:g} were asked"
+    return [("good", f"{took}.") if ms <= wanted else ("bad", f"{took}: the budget was not met.")]
 
 
 def _asked(facts: Facts) -> float | None:

@@ -4,9 +4,10 @@
 
     plain unit      w' = w gamma / sigma            b' = (b - mu) gamma / sigma + beta
     selective unit  w' = w / sigma                  b' = (b - mu) / sigma           y = pi (w' x + b') + beta [pi > 0]
-    predictor       h = W ((p - m) / s / sqrt(C)) + b  =  (W / (s sqrt(C))) p + (b - W m / (s sqrt(C)))
+    predictor       h = W ((p - m) / s / sqrt(C)) + b  =  W (a p) + (b - W (a m))        a = 1 / (s sqrt(C))
 
-A static channel's pi is a constant: it goes into w' and b' as well.
+A static channel's pi is a constant: it goes into w' and b' as well. The predictor's W stays as it is, and its scale a
+is a vector of its own: where W is exact in bf16, as `fit` leaves it, the engine reads half the bytes.
 """
 
 from __future__ import annotations
@@ -92,12 +93,11 @@ def _fold_predictor(gate: Gate, dynamic: Tensor) -> dict[str, np.ndarray]:
     rows = dynamic if gate.predicted is None else dynamic[gate.predicted]  # compacted: static channels have no row
     weight, bias = _f64(predictor.weight)[rows], _f64(predictor.bias)[rows]
     reduce = _f64(predictor.reduce.weight) if predictor.reduce is not None else None
-    first = (weight if reduce is None else reduce) * scale
-    shift = first @ mean
+    first = weight if reduce is None else reduce
+    shift = first @ (scale * mean)
     bias = bias - (shift if reduce is None else weight @ shift)
-    if reduce is None:
-        return {"predictor_weight": f32(first.T), "predictor_bias": f32(bias)}
-    return {"predictor_weight": f32(weight.T), "predictor_bias": f32(bias), "predictor_reduce": f32(first.T)}
+    tensors = {"predictor_weight": f32(weight.T), "predictor_bias": f32(bias), "predictor_scale": f32(scale)}
+    return tensors if reduce is None else {**tensors, "predictor_reduce": f32(reduce.T)}
 
 
 def _normalised(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:

@@ -20,11 +20,11 @@ from safetensors.numpy import load_file, save_file
 
 from afds.errors import RunFolderError
 
-FORMAT = 1
+FORMAT = 2
 ACTS = ("none", "relu", "relu6", "silu", "hardswish", "sigmoid", "hardsigmoid")  # as in kernels/table.h
 TENSORS = {  # fields of an op that name a tensor
-    "conv": ("weight", "bias", "beta", "predictor_weight", "predictor_bias", "predictor_reduce", "constant",
-             "importance", "sign"),
+    "conv": ("weight", "bias", "beta", "predictor_weight", "predictor_bias", "predictor_reduce", "predictor_scale",
+             "constant", "importance", "sign"),
     "se": ("weight1", "bias1", "weight2", "bias2"),
     "linear": ("weight", "bias"),
 }  # fmt: skip
