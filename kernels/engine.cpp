@@ -116,9 +116,14 @@ size_t lines(size_t n) { return (n * sizeof(float) + 63) / 64 * 64; }  // bytes 
 }  // namespace
 
 float *Arena::cut(size_t bytes) {
-  constexpr size_t kPage = size_t(2) << 20;  // bytes of a large page
+#if defined(__SANITIZE_ADDRESS__)  // each piece by itself, or reading past one would be reading the next, unseen
+  constexpr size_t kPage = 64, kFewest = 0;
+  left_ = 0;
+#else
+  constexpr size_t kPage = size_t(2) << 20, kFewest = 4 * kPage;  // bytes; large pages
+#endif
   if (bytes > left_) {
-    const size_t size = (std::max(bytes, 4 * kPage) + kPage - 1) / kPage * kPage;
+    const size_t size = (std::max(bytes, kFewest) + kPage - 1) / kPage * kPage;
     void *chunk = std::aligned_alloc(kPage, size);
     if (!chunk) throw std::bad_alloc();
     chunks_.push_back(chunk);
