@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -99,7 +100,7 @@ def opened(subject: str, files: Path, size: int, threads: int) -> dict[str, floa
     held = resident()
     predict(x_BCHW)  # it still runs
     names = ("import s", "load s", "compile s", "first s", "next s")
-    row = dict(zip(names, (b - a for a, b in zip(marks, marks[1:], strict=False)), strict=True))
+    row = dict(zip(names, (b - a for a, b in pairwise(marks)), strict=True))
     total = row["load s"] + row["compile s"] + row["first s"]
     executor: Any = predict
     own = (executor.weight_bytes, executor.workspace_bytes) if subject.startswith("afds") else (float("nan"),) * 2
