@@ -109,11 +109,21 @@ Arena::~Arena() {
   for (void *chunk : chunks_) std::free(chunk);
 }
 
-float *Arena::take(size_t n) {
-  constexpr size_t kPage = size_t(2) << 20;  // bytes of a large page
-  const size_t bytes = (n * sizeof(float) + 63) / 64 * 64 + kSlack * sizeof(float);
+namespace {
+
+size_t lines(size_t n) { return (n * sizeof(float) + 63) / 64 * 64; }  // bytes of n floats in whole cache lines
+
+}  // namespace
+
+float *Arena::cut(size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)  // each piece by itself, or reading past one would be reading the next, unseen
+  constexpr size_t kPage = 64, kFewest = 0;
+  left_ = 0;
+#else
+  constexpr size_t kPage = size_t(2) << 20, kFewest = 4 * kPage;  // bytes; large pages
+#endif
   if (bytes > left_) {
-    const size_t size = (std::max(bytes, 4 * kPage) + kPage - 1) / kPage * kPage;
+    const size_t size = (std::max(bytes, kFewest) + kPage - 1) / kPage * kPage;
     void *chunk = std::aligned_alloc(kPage, size);
     if (!chunk) throw std::bad_alloc();
     chunks_.push_back(chunk);
@@ -126,15 +136,25 @@ float *Arena::take(size_t n) {
   float *out = reinterpret_cast<float *>(at_);
   at_ += bytes;
   left_ -= bytes;
+  bytes_ += bytes;
+  return out;
+}
+
+float *Arena::take(size_t n) {
+  const size_t bytes = lines(n) + kSlack * sizeof(float);
+  float *out = cut(bytes);
   std::memset(out, 0, bytes);
   return out;
 }
 
-Floats Arena::keep(Floats from) {
-  if (!from.size()) return from;
-  float *to = take(from.size());
-  std::memcpy(to, from.data(), from.size() * sizeof(float));
-  return Floats(to, from.size());
+Floats Arena::keep(const Floats &from) {
+  const size_t n = from.size();
+  if (!n) return Floats();
+  const size_t bytes = lines(n) + kSlack * sizeof(float);
+  float *to = cut(bytes);
+  std::memcpy(to, from.data(), n * sizeof(float));
+  std::memset(to + n, 0, bytes - n * sizeof(float));
+  return Floats(to, n);
 }
 
 std::vector<std::string> usable_tables() {
@@ -208,6 +228,10 @@ int Engine::width() const { return layout(input_).width; }
 // [rows][columns] with each row padded to whole cache lines.
 void Engine::pad_rows(Floats &w, int rows, int columns) {
   const int pitch = round_up(columns, kRound);
+  if (pitch == columns) {
+    w = arena_.keep(w);
+    return;
+  }
   Floats out(arena_.take(size_t(rows) * pitch), size_t(rows) * pitch);
   for (int r = 0; r < rows; ++r)
     std::copy(w.data() + size_t(r) * columns, w.data() + size_t(r + 1) * columns, out.data() + size_t(r) * pitch);
@@ -316,7 +340,7 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
     for (size_t i = 0; i < c.fixed.size(); ++i)
       check(c.fixed[i] >= 0 && c.fixed[i] < c.out && (i == 0 || c.fixed[i] > c.fixed[i - 1]), c.name + ": rows");
   if (c.rows == Rows::kFollow) check(c.in == c.out, c.name + ": a depthwise unit with other channels");
-  c.weight = arena_.keep(std::move(c.weight));
+  c.weight = arena_.keep(c.weight);
   most_steps_ = std::max(most_steps_, c.in * c.taps);
   most_groups_ = std::max(most_groups_, c.groups);
   widest_ = std::max(widest_, c.out);

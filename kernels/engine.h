@@ -44,13 +44,16 @@ class Floats {  // aligned to a cache line, zero at the start
 class Arena {  // memory in large pages: the weights of a network are far more than the TLB covers in small ones
  public:
   ~Arena();
-  Floats keep(Floats from);  // a copy that lives as long as the arena
-  float *take(size_t n);     // zero at the start
+  Floats keep(const Floats &from);  // a copy that lives as long as the arena
+  float *take(size_t n);            // zero at the start
+  size_t bytes() const { return bytes_; }
 
  private:
+  float *cut(size_t bytes);
+
   std::vector<void *> chunks_;
   char *at_ = nullptr;
-  size_t left_ = 0;
+  size_t left_ = 0, bytes_ = 0;
 };
 
 struct Layout {
@@ -196,6 +199,7 @@ class Engine {
   int add_buffer(const Layout &layout, int channels);
   int add_value(int buffer, int channels, bool pooled);
   void set_input(int value) { input_ = check_value(value); }
+  // Weights that are kept are copied, so that those of ops may be borrowed; all else in an op is moved.
   void add_conv(Conv conv, int kh, int kw, int stride, int pad_h, int pad_w, int dilation);
   void add_pool(PoolOp op);
   void add_mean(MeanOp op);
@@ -220,6 +224,7 @@ class Engine {
   int width() const;
   int threads() const { return threads_; }
   const char *isa() const { return table_.name; }
+  size_t weight_bytes() const { return arena_.bytes(); }
   size_t workspace_bytes() const;
 
  private:

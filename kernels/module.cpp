@@ -29,6 +29,12 @@ Floats floats(const nb::dict &d, const char *key) {
   return out;
 }
 
+// Of an array that outlives the call; the engine copies it to where it is kept.
+Floats borrowed(const nb::dict &d, const char *key) {
+  const auto array = get<FloatArray>(d, key);
+  return Floats(const_cast<float *>(array.data()), array.size());
+}
+
 template <typename T>
 nb::object owned(std::vector<T> data, std::initializer_list<size_t> shape) {
   auto *keep = new std::vector<T>(std::move(data));
@@ -47,7 +53,7 @@ Conv conv_of(const nb::dict &d) {
   c.groups = get<int>(d, "groups");
   c.act = get<int>(d, "act");
   c.res_nonnegative = get<bool>(d, "residual_nonnegative");
-  c.weight = floats(d, "weight");
+  c.weight = borrowed(d, "weight");
   c.bias = floats(d, "bias");
   const auto rows = get<std::string>(d, "rows");
   if (rows == "all") {
@@ -61,12 +67,12 @@ Conv conv_of(const nb::dict &d) {
     c.rows = Rows::kDynamic;
     Gate &g = c.gate;
     c.beta = floats(d, "beta");
-    g.weight = floats(d, "predictor_weight");
+    g.weight = borrowed(d, "predictor_weight");
     g.bias = floats(d, "predictor_bias");
     g.scale = floats(d, "predictor_scale");
     g.rank = get<int>(d, "rank");
     if (g.rank < 0) throw std::invalid_argument("plan: a negative rank");
-    if (g.rank) g.reduce = floats(d, "predictor_reduce");
+    if (g.rank) g.reduce = borrowed(d, "predictor_reduce");
     g.dynamic = get<std::vector<int32_t>>(d, "dynamic");
     g.constant = floats(d, "constant");
     g.importance = floats(d, "importance");
@@ -162,12 +168,13 @@ NB_MODULE(_kernels, m) {
              l.x = get<int>(d, "x");
              l.in = get<int>(d, "in_channels");
              l.out = get<int>(d, "out_channels");
-             l.weight = floats(d, "weight");
+             l.weight = borrowed(d, "weight");
              l.bias = floats(d, "bias");
              e.add_linear(std::move(l));
            })
       .def_prop_ro("threads", &Engine::threads)
       .def_prop_ro("isa", &Engine::isa)
+      .def_prop_ro("weight_bytes", &Engine::weight_bytes)
       .def_prop_ro("workspace_bytes", &Engine::workspace_bytes)
       .def("run",
            [](Engine &e, Images x) {

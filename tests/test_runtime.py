@@ -152,6 +152,23 @@ def test_a_plan_is_data(tiny_resnet: nn.Module, tmp_path: Path) -> None:
         runtime.Executor(plan)
 
 
+@pytest.mark.parametrize("predictor", ["full", "low-rank"])
+def test_the_engine_keeps_the_only_copy_of_the_weights(tiny_resnet: nn.Module, predictor: str) -> None:
+    selective = train_like(select(tiny_resnet, SelectionConfig(predictor=predictor)), spread=0.3).eval()  # type: ignore[arg-type]
+    set_density(selective, 0.4)
+    plan = runtime.make_plan(selective, 40)
+    x = torch.randn(1, 3, 40, 40).numpy()
+    executor = runtime.Executor(plan)
+    before = executor(x)
+    assert executor.plan.tensors == {}
+    large = ("weight", "predictor_weight", "predictor_reduce")
+    kept = sum(a.nbytes for name, a in plan.tensors.items() if name.rsplit(".", 1)[1] in large)
+    assert executor.weight_bytes >= kept > 0
+    for array in plan.tensors.values():
+        array.fill(7.0)  # what was lent to the engine is the caller's again
+    assert np.array_equal(executor(x), before)
+
+
 def test_wrong_arguments_are_named(tiny_resnet: nn.Module) -> None:
     executor = runtime.compile(tiny_resnet, input_size=40)
     with pytest.raises(ConfigError, match="40, 40"):

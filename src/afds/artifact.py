@@ -370,6 +370,11 @@ def _unpack(weights: bytes, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
                 f"{WEIGHTS}: {name} is {tuple(tensor.shape)} {tensor.dtype}, the network needs "
                 f"{tuple(wanted[name].shape)} {wanted[name].dtype}."
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not _is_finite(tensor):
             raise RunFolderError(f"{WEIGHTS}: {name} holds NaN or infinity.")
     return tensors
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """A sum that is finite has no NaN and no infinity in it, and takes a tenth of the time of a look at each."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

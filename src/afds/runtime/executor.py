@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -67,7 +67,8 @@ class Executor:
             raise RuntimeMissingError(BUILD_ADVICE)
         if not 1 <= threads <= 1024:
             raise ConfigError(f"threads is {threads}; give 1 or more.")
-        self.plan = plan
+        self.plan = replace(plan, tensors={})
+        """Without the weights: the engine holds its own, and a second copy would double the memory."""
         try:
             engine = _kernels.Engine(threads, isa)
             for buffer in plan.buffers:
@@ -91,6 +92,11 @@ class Executor:
     def isa(self) -> str:
         """The instruction set in use."""
         return str(self._engine.isa)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the convolutions', predictors' and classifier's weights."""
+        return int(self._engine.weight_bytes)
 
     @property
     def workspace_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Batch norm, gates and standardisation folded into weights, in float64, kept as float32.
+"""Batch norm, gates and standardisation folded into weights: factors and shifts in float64, kept as float32.
 
 ::
 
@@ -6,8 +6,9 @@
     selective unit  w' = w / sigma                  b' = (b - mu) / sigma           y = pi (w' x + b') + beta [pi > 0]
     predictor       h = W ((p - m) / s / sqrt(C)) + b  =  W (a p) + (b - W (a m))        a = 1 / (s sqrt(C))
 
-A static channel's pi is a constant: it goes into w' and b' as well. The predictor's W stays as it is, and its scale a
-is a vector of its own: where W is exact in bf16, as `fit` leaves it, the engine reads half the bytes.
+A static channel's pi is a constant: it goes into w' and b' as well. Weights are multiplied once, by one factor per
+row rounded to float32, so that a large network is folded in one pass over its weights. The predictor's W stays as it
+is, and its scale a is a vector of its own: where W is exact in bf16, as `fit` leaves it, the engine reads half the bytes.
 """
 
 from __future__ import annotations
@@ -42,21 +43,21 @@ def _f64(x: Tensor) -> Tensor:
 
 def fold_plain(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> Folded:
     """A convolution and its batch norm, if it has one."""
-    w, b = _normalised(conv, norm)
+    factor, b = _normalised(conv, norm)
     if norm is not None and norm.affine:
         gamma = _f64(norm.weight)
-        w, b = w * gamma[:, None, None, None], b * gamma + _f64(norm.bias)
-    return Folded({"weight": f32(w), "bias": f32(b)}, {"rows": "all"})
+        factor, b = factor * gamma, b * gamma + _f64(norm.bias)
+    return Folded({"weight": _scaled(conv, factor), "bias": f32(b)}, {"rows": "all"})
 
 
 def fold_unit(unit: SelectiveConvBN) -> Folded:
     """A selective unit at its present density and masks."""
-    w, b = _normalised(unit.conv, unit.norm)
+    factor, b = _normalised(unit.conv, unit.norm)
     beta = _f64(unit.beta)
     gate = unit.gate
     if isinstance(gate, FollowingGate):
         gamma = _f64(gate.gamma)
-        return Folded({"weight": f32(w * gamma[:, None, None, None]), "bias": f32(b * gamma + beta)},
+        return Folded({"weight": _scaled(unit.conv, factor * gamma), "bias": f32(b * gamma + beta)},
                       {"rows": "follow"})  # fmt: skip
     sign = _f64(gate.sign)
     constant = F.relu(_f64(gate.gamma)) * _f64(gate.kept)
@@ -66,11 +67,11 @@ def fold_unit(unit: SelectiveConvBN) -> Folded:
         wins = winner_take_all(score[None], gate.k)[0]
         pi = constant * sign * wins
         fixed = wins.nonzero().flatten().tolist()
-        return Folded({"weight": f32(w * pi[:, None, None, None]), "bias": f32(b * pi + beta)},
+        return Folded({"weight": _scaled(unit.conv, factor * pi), "bias": f32(b * pi + beta)},
                       {"rows": "all"} if len(fixed) == len(wins) else {"rows": "fixed", "fixed": fixed})  # fmt: skip
     pi = torch.where(dynamic, torch.ones_like(constant), constant * sign)
     tensors = {
-        "weight": f32(w * pi[:, None, None, None]), "bias": f32(b * pi), "beta": f32(beta), "sign": f32(sign),
+        "weight": _scaled(unit.conv, factor * pi), "bias": f32(b * pi), "beta": f32(beta), "sign": f32(sign),
         "constant": f32(constant * ~dynamic), "importance": f32(gate.importance),
     }  # fmt: skip
     tensors.update(_fold_predictor(gate, dynamic))
@@ -91,22 +92,29 @@ def _fold_predictor(gate: Gate, dynamic: Tensor) -> dict[str, np.ndarray]:
         scale = (_f64(norm.running_var) + norm.eps).rsqrt() * channels**-0.5
         mean = _f64(norm.running_mean)
     rows = dynamic if gate.predicted is None else dynamic[gate.predicted]  # compacted: static channels have no row
-    weight, bias = _f64(predictor.weight)[rows], _f64(predictor.bias)[rows]
-    reduce = _f64(predictor.reduce.weight) if predictor.reduce is not None else None
+    weight, bias = predictor.weight.detach().cpu(), _f64(predictor.bias)[rows]
+    if not rows.all():
+        weight = weight[rows]
+    reduce = predictor.reduce.weight.detach().cpu() if predictor.reduce is not None else None
     first = weight if reduce is None else reduce
-    shift = first @ (scale * mean)
-    bias = bias - (shift if reduce is None else weight @ shift)
+    shift = first.double() @ (scale * mean) if mean.any() else torch.zeros(first.shape[0], dtype=torch.float64)
+    bias = bias - (shift if reduce is None else weight.double() @ shift)
     tensors = {"predictor_weight": f32(weight.T), "predictor_bias": f32(bias), "predictor_scale": f32(scale)}
-    return tensors if reduce is None else {**tensors, "predictor_reduce": f32(reduce.T)}
+    return tensors if reduce is None else tensors | {"predictor_reduce": f32(reduce.T)}
+
+
+def _scaled(conv: nn.Conv2d, factor: Tensor) -> np.ndarray:
+    """The convolution's weight, row by row times ``factor``."""
+    return f32(conv.weight.detach().cpu() * factor.float()[:, None, None, None])
 
 
 def _normalised(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias with the norm's statistics folded in, without its affine part."""
-    w = _f64(conv.weight)
-    b = _f64(conv.bias) if conv.bias is not None else torch.zeros(w.shape[0], dtype=torch.float64)
+    """Factor of the weight's rows, and bias, with the norm's statistics folded in, without its affine part."""
+    out = conv.out_channels
+    b = _f64(conv.bias) if conv.bias is not None else torch.zeros(out, dtype=torch.float64)
     if norm is None:
-        return w, b
+        return torch.ones(out, dtype=torch.float64), b
     assert norm.running_mean is not None
     assert norm.running_var is not None
     inverse = (_f64(norm.running_var) + norm.eps).rsqrt()
-    return w * inverse[:, None, None, None], (b - _f64(norm.running_mean)) * inverse
+    return inverse, (b - _f64(norm.running_mean)) * inverse
