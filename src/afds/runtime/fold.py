@@ -8,7 +8,7 @@
 
 A static channel's pi is a constant: it goes into w' and b' as well. Weights are multiplied once, by one factor per
 row rounded to float32, so that a large network is folded in one pass over its weights. The predictor's W stays as it
-is, and its scale a is a vector of its own: where W is exact in bf16, as `fit` leaves it, the engine reads half the bytes.
+is, and its scale a is a vector of its own: where W is exact in bf16, as `fit` leaves it, the engine reads half of it.
 """
 
 from __future__ import annotations
