@@ -12,6 +12,7 @@ A trial keeps all that it knows in its run folder. So it does not matter which o
 from __future__ import annotations
 
 import dataclasses
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -68,7 +69,7 @@ class RayPool(Executor):
             raise
 
     def _start(self, c: CompareConfig) -> None:
-        self._device = resolve_device(c.hardware)
+        self._device: Any = resolve_device(c.hardware)
         gpus = 1 if self._device == "cuda" else 0
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= gpus]
@@ -89,7 +90,7 @@ class RayPool(Executor):
             options |= {"num_cpus": max(jobs, os.cpu_count() or 1), "include_dashboard": False,
                         "object_store_memory": OBJECT_STORE}  # fmt: skip
         try:
-            self._ray.init(**options, logging_level="WARNING")
+            self._ray.init(**options, logging_level=logging.WARNING)
         except Exception as error:  # ConnectionError, ValueError, gRPC's own: whatever Ray makes of an address
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ConfigError(
@@ -133,7 +134,7 @@ def make_pool(c: CompareConfig) -> tuple[Executor, int | None]:
     return ProcessPoolExecutor(c.jobs, context, initializer=torch.set_num_threads, initargs=(threads,)), c.jobs
 
 
-def _on_node(fn: Callable[[Trial], Any], threads: int, device: str, place: tuple[str, Path], trial: Trial) -> Any:
+def _on_node(fn: Callable[[Trial], Any], threads: int, device: Any, place: tuple[str, Path], trial: Trial) -> Any:
     """Runs on a node of the cluster: the same folder, threads and device as anywhere else, then the trial."""
     here, out = place
     if not (Path(here).is_dir() and (out / "compare.json").is_file()):
