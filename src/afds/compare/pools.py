@@ -15,6 +15,7 @@ import dataclasses
 import logging
 import multiprocessing
 import os
+import socket
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -89,7 +90,10 @@ class RayPool(Executor):
         if local:
             options |= {"num_cpus": max(jobs, os.cpu_count() or 1), "include_dashboard": False,
                         "object_store_memory": OBJECT_STORE}  # fmt: skip
+        host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
+            if host and port.isdigit():  # Ray itself tries a silent address for minutes
+                socket.create_connection((host, int(port)), timeout=5).close()
             self._ray.init(**options, logging_level=logging.WARNING)
         except Exception as error:  # ConnectionError, ValueError, gRPC's own: whatever Ray makes of an address
             reason = next(iter(str(error).splitlines()), type(error).__name__)
