@@ -11,6 +11,7 @@ from afds.errors import ConfigError
 from afds.files import read_json
 from afds.measure import Row, measure_run, verdict
 from afds.report import write_report
+from afds.runtime import is_built
 from afds.selection import SelectionConfig
 from runs import write_photos, write_run
 
@@ -58,6 +59,19 @@ def test_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main([*arguments, "--json", str(tmp_path / "m.json")]) == 0
     assert "threads 1, batch 1" in capsys.readouterr().out
     assert len(read_json(tmp_path / "m.json")["rows"]) == 2  # the dense peer is always among them
+
+
+@pytest.mark.skipif(not is_built(), reason="the native runtime is not built")
+def test_profile_shows_microseconds_that_add_up(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["measure", str(run), "--only", "native", "dynamic", "--threads", "1", "--rounds", "2", "--profile"]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    total = next(line for line in lines if "all layers" in line).split("\u2502")
+    share = next(line for line in lines if " share" in line and "%" in line).split("\u2502")
+    *parts, whole = (float(cell) for cell in total[2:-1])
+    assert whole > 1  # microseconds
+    assert whole == pytest.approx(sum(parts), abs=0.5)
+    assert sum(float(cell.strip().rstrip("%")) for cell in share[2:-2]) == pytest.approx(100, abs=1)
 
 
 def row(form: str, ms: float, speedup: float = 1.0) -> Row:

@@ -26,7 +26,8 @@ def epochs(*, lost: float = 0.0) -> list[dict[str, Any]]:
     phases = ["warm"] * 3 + ["descent"] * 3 + ["final"] * 2
     return [
         {"kind": "epoch", "epoch": i, "phase": phase, "train_loss": 2 - i / 8, "train_ce": 1 - i / 8,
-         "train_afd": 9.0, "train_kd": 0.1 * (i > 2), "val_top1": 0.9 - lost * (i > 2), "val_ce": 0.5, "ratio": 1 + i,
+         "train_afd": 9.0, "train_kd": 0.1 * (i > 2), "train_hints": 0.5, "val_ce": 0.5, "ratio": 1 + i,
+         "val_top1": 0.9 - lost * (i > 2),
          "density_mean": 1 - i / 10, "seconds": 3.0}
         for i, phase in enumerate(phases)
     ]  # fmt: skip
@@ -136,8 +137,8 @@ def test_stands_alone_and_is_harmless(run: Path) -> None:
 def test_says_what_a_reader_asks(run: Path) -> None:
     text = " ".join(Reader(write_report(run).read_text(encoding="utf-8")).text)
     for wanted in ("85.0 %", "90.0 %", "400 M", "of 2.00 G dense", "5.00\u00d7", "asked: 5x", "dynamic", "pruned",
-                   "layer4.", "afds fit", "1,200", "seed", "cross-entropy", "mean density d", "predictor",
-                   "No accuracy was lost", "counted, not timed"):  # fmt: skip
+                   "layer4.", "afds fit", "1,200", "seed", "cross-entropy", "blocks (hints)", "mean density d",
+                   "predictor", "No accuracy was lost", "counted, not timed"):  # fmt: skip
         assert wanted in text, wanted
 
 

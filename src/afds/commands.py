@@ -6,7 +6,7 @@ import json as jsonlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.box import SIMPLE_HEAD
@@ -320,12 +320,7 @@ def _measure(arguments: list[str]) -> int:
             table.add_row(row.form, row.runtime, median, f"{row.p90_ms:.{digits}f}", *ratios)
         console.print(table)
     if result.profile:
-        layers = Table(title="native runtime, one thread, by layer")
-        for name in result.profile[0]:
-            layers.add_column(name)
-        for layer in result.profile:
-            layers.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in layer.values()))
-        console.print(layers)
+        console.print(_profile_table(result.profile))
     if result.accuracy is not None:
         console.print(f"validation accuracy of the run: {result.accuracy:.1%}")
     for what, why in result.skipped.items():
@@ -333,6 +328,24 @@ def _measure(arguments: list[str]) -> int:
     for line in result.verdict:
         console.print(line, markup=False, soft_wrap=True)
     return 0
+
+
+def _profile_table(profile: list[dict[str, Any]]) -> Table:
+    """Microseconds by layer and part; the last lines are their sums and shares of the whole."""
+    parts = [name for name in profile[0] if name != "name"]
+    sums = {part: sum(layer[part] for layer in profile) for part in parts}
+    whole = sum(sums.values()) or 1.0
+    table = Table(title="native runtime, one thread: microseconds per image, by layer")
+    table.add_column("layer")
+    for name in (*parts, "all"):
+        table.add_column(name, justify="right")
+    for i, layer in enumerate(profile):
+        values = [layer[part] for part in parts]
+        table.add_row(str(layer["name"]), *(f"{1e6 * v:.1f}" if v else "" for v in (*values, sum(values))),
+                      end_section=i == len(profile) - 1)  # fmt: skip
+    table.add_row("all layers", *(f"{1e6 * v:.1f}" for v in (*sums.values(), whole)))
+    table.add_row("share", *(f"{v / whole:.1%}" for v in (*sums.values(), whole)))
+    return table
 
 
 def _inspect(arguments: list[str]) -> int:
