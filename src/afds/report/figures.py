@@ -57,7 +57,8 @@ def loss_figure(facts: Facts) -> str:
 
     def draw(figure: Figure) -> None:
         ax = figure.subplots()
-        for colour, (label, points) in zip((_INK, _A, _B, _C, _D), series.items(), strict=True):
+        colours = (_INK, _A, _B, _C, _D)[: len(series)]
+        for colour, (label, points) in zip(colours, series.items(), strict=True):  # a term without a colour is an error
             ax.plot(*_xy(points), color=colour, label=label)
         ax.set_ylim(bottom=0)
         _finish(ax, facts, legend=len(series) > 1)
