@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch as safetensors_torch
 import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from afds import compaction
@@ -231,7 +232,7 @@ def _pack(model: nn.Module, out: Path) -> bytes:
             raise RunFolderError(f"{out}: {name} is {tensor.dtype}; only float32 networks are saved.")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise RunFolderError(f"{out}: {name} holds NaN or infinity. The training diverged.")
-    return safetensors_torch.save(tensors)
+    return save_safetensors(tensors)
 
 
 def _read_structure(path: Path) -> dict[str, Any]:
@@ -357,7 +358,7 @@ def _densities(units: dict[str, Any]) -> dict[str, float]:
 def _unpack(weights: bytes, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the file, each checked against the network's own."""
     try:
-        tensors = safetensors_torch.load(weights)
+        tensors = load_safetensors(weights)
     except Exception as error:  # SafetensorError, and what torch makes of odd headers
         raise RunFolderError(f"{WEIGHTS}: not readable as safetensors ({error}).") from error
     lacking, unknown = set(wanted) - set(tensors), set(tensors) - set(wanted)
