@@ -31,6 +31,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "end": 0.6,
         "static_quantile": 0.05,
         "prune_quantile": 0.05,
+        "settle": False,
         "reconstruct": 0,
         "lr": 1.0,
     },
@@ -136,25 +137,31 @@ class PruningConfig:
 class DescentConfig:
     """How the density falls from 1 to what the budget asks."""
 
+    settle: bool = True
+    """Method afds: settle the winners once, on training images, before the first step; what loses is cut away, what
+    stays keeps its predicted scale (ours). False: winners are chosen for every image, the density falls by stages."""
+    allocation: Literal["uniform", "stream", "importance", "refit"] = "refit"
+    """`uniform`: one density for all layers (the paper). `stream`: what writes the residual stream keeps more, the
+    layers inside of blocks less (ours). `importance`: the last channel kept in each layer is worth
+    about the same per MAC (ours). `refit`: what the refitted network is nearest to the dense one with (ours; with
+    settling, otherwise as `importance`)."""
+    trials: int = 24
+    """With `refit`: how many ways of sharing out the densities are tried."""
     start: float = 0.05
-    """Share of the epochs at d = 1."""
+    """Without settling: share of the epochs at d = 1."""
     end: float = 0.5
-    """Share of the epochs after which the density no longer falls."""
+    """Without settling: share of the epochs after which the density no longer falls."""
     stages: int = 12
-    """Number of steps of the fall; after each, s, gamma and m are updated on training images."""
+    """Without settling: number of steps of the fall; after each, s, gamma and m are updated on training images."""
     static_quantile: float = 0.0
     """Per stage, this share of a layer's still dynamic channels, those whose saliency varies least, turns static."""
     prune_quantile: float = 0.0
     """Per stage, this share of a layer's kept channels, those of the smallest mean pi, is pruned for good."""
-    allocation: Literal["uniform", "stream", "importance"] = "importance"
-    """`uniform`: one density for all layers (the paper). `stream`: what writes the residual stream keeps more, the
-    layers inside of blocks less (ours). `importance`: the last channel kept in each layer is worth
-    about the same per MAC (ours)."""
     floor: float = 0.4
     """With `importance`: no layer falls below this share of the uniform density."""
-    reconstruct: int = 0
+    reconstruct: int = 768
     """Training images on which the convolutions are refitted by least squares to the fine-tuned dense network's,
-    after each stage of the fall (ours, method afds; 768 is a good number; fewer where memory is short). 0: not."""
+    after settling or after each stage of the fall (ours, method afds; fewer where memory is short). 0: not."""
     ridge: float = 0.1
     """How strongly that refit holds the weights where they were, as a share of its inputs' power."""
     lr: float = 1.0
@@ -168,6 +175,7 @@ class DescentConfig:
     def __post_init__(self) -> None:
         _require(0 <= self.start < self.end <= 1, "descent.start and descent.end", (self.start, self.end),
                  "0 <= start < end <= 1")  # fmt: skip
+        _require(self.trials >= 0, "descent.trials", self.trials, "0 or more")
         _require(self.stages >= 1, "descent.stages", self.stages, "1 or more")
         _require(
             0 <= self.static_quantile < 1,

@@ -109,7 +109,8 @@ class Setup:
         if selects:  # a hopeless budget: now, not after hours
             solve(network, uniform(network), self.ratio, probe[:1], steps=0)
             set_density(network, 1.0)
-        refits = selects and self.is_base and config.method == "afds" and config.descent.reconstruct > 0
+        best = selects and self.is_base and config.method == "afds"
+        settles, refits = best and config.descent.settle, best and config.descent.reconstruct > 0
         reference = copy.deepcopy(network).requires_grad_(False) if refits else None
         terms, teacher = self._transfer(transfer, dense_network, size)
         if compression == "slimming" and self.ratio == 1 and config.pruning.sparsity > 0:
@@ -131,8 +132,8 @@ class Setup:
             num_classes=len(splits.classes), epochs=epochs,
             steps_per_epoch=len(loader) // fabric.world_size, teacher=teacher,
             teaches_logits=self.is_base or transfer == "kd",
-            descent=plan_descent(total_steps, config.descent, self.ratio) if selects else None,
-            reference=reference,
+            descent=plan_descent(total_steps, config.descent, self.ratio, settles=settles) if selects else None,
+            reference=reference, held=tuple(self._images(splits.val, 4 * config.descent.images)) if settles else (),
             refit_on=tuple(self._images(splits.train, config.descent.reconstruct)) if refits else (),
             pruning=self._pruning(compression, size, total_steps), reference_macs=self.reference_macs,
             ms=budget.ms, stopwatch=self.stopwatch,

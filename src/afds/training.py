@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from afds import balance as balancing
 from afds.checkpoint import load_checkpoint, save_checkpoint
 from afds.compression.pruning import Pruning, cut_to
 from afds.compression.widths import Kept, KeptChannels, cut_tensor, narrow, then, widths
@@ -33,15 +34,16 @@ from afds.config import FitConfig, OptimConfig
 from afds.cost import CostMeter, has_selection, measure_cost
 from afds.data import TimedLoader, set_epoch
 from afds.distillation import FrozenNetwork, TapPoint, tap, tap_points
-from afds.errors import TrainingError
+from afds.errors import BudgetError, TrainingError
 from afds.evaluation import evaluate
 from afds.importance import Importance, by_importance, estimate, set_importance
 from afds.latency import Stopwatch, solve_latency
 from afds.masks import mask_counts, update_masks
-from afds.reconstruction import reconstruct
+from afds.reconstruction import Reconstruction
 from afds.record import Record
 from afds.schedule import Allocation, Descent, solve, sparing_stream, uniform
 from afds.selection import Predictor, densities, gates, set_density
+from afds.settling import choose, settle, tied_units
 from afds.transfer import Regulariser, Step
 
 
@@ -142,6 +144,7 @@ class Plan:
     descent: Descent | None
     reference: nn.Module | None = None  # the network at d = 1, that stages are refitted to
     refit_on: tuple[Tensor, ...] = ()  # training images
+    held: tuple[Tensor, ...] = ()  # validation images on which cuts are compared
     pruning: Pruning | None = None
     reference_macs: float = 0.0  # of the network that the budget is stated against, where it is not this one
     ms: float | None = None  # a budget in milliseconds
@@ -169,7 +172,7 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
         task.train()
         for x_BCHW, y_B in timed:
             _stages(fabric, plan, state, step, record, epoch)
-            if _cut(plan, state, step, record, epoch):
+            if _settle(fabric, plan, state, step, record, epoch) or _cut(plan, state, step, record, epoch):
                 wrapped, optimizer = state.start(fabric)
             x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
             rate = learning_rate(step, plan.epochs * plan.steps_per_epoch, c.optim)
@@ -245,6 +248,7 @@ class _State:
         self.stage = 0
         self.importance: Importance | None = None
         self.kept: Kept = {}
+        self.settled: dict[str, Tensor] = {}  # channels of each unit that settling has left
 
     def start(self, fabric: Fabric) -> tuple[Any, Any]:
         """The task and a fresh optimizer over its parameters as they now are, set up by Fabric."""
@@ -270,17 +274,29 @@ class _State:
         self.kept = then(self.kept, kept)
         self._follow()
 
+    def settle(self) -> None:
+        """Cut away what is not kept; the optimizer starts afresh, as nothing of what it remembers is true any more."""
+        self.settled = settle(self.task.network)
+        self._follow()
+
     def remember_names(self) -> None:
         """Note which parameter has which name, before a cut replaces them."""
         self.names = {name: id(parameter) for name, parameter in self.task.named_parameters()}
 
     def _follow(self) -> None:
+        nothing = torch.empty(0, dtype=torch.long)
+        settled = {name: KeptChannels(out.cpu(), nothing) for name, out in self.settled.items()}
         for term in self.task.regularisers:
-            term.cut(self.kept)
+            term.cut({**self.kept, **settled})
         self.task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def restore_shape(self, saved: dict[str, Any]) -> None:
         """Give the network the widths that it was saved with, before an optimizer holds its parameters."""
+        if saved.get("settled"):
+            for name, gate in gates(self.task.network).items():
+                gate.kept.fill_(False)
+                gate.kept[saved["settled"][name].to(gate.kept.device)] = True
+            self.settle()
         if saved.get("kept"):
             narrow(self.task.network, saved["widths"])
             self.kept = {name: KeptChannels(*channels) for name, channels in saved["kept"].items()}
@@ -301,6 +317,7 @@ class _State:
             "importance": (self.importance.taylor, self.importance.weight) if self.importance else None,
             "kept": {name: (channels.out, channels.in_) for name, channels in self.kept.items()},
             "widths": widths(self.task.network) if self.kept else {},
+            "settled": self.settled,
         }  # fmt: skip
 
     def load(self, saved: dict[str, Any]) -> None:
@@ -334,6 +351,8 @@ def _cut(plan: Plan, state: _State, step: int, record: Record, epoch: int) -> bo
 def _stages(fabric: Fabric, plan: Plan, state: _State, step: int, record: Record, epoch: int) -> None:
     """Before a step: the stages of the descent that are due."""
     descent, network, d = plan.descent, state.task.network, plan.config.descent
+    if descent is not None and descent.settles:
+        return
     while descent is not None and state.stage < len(descent.stage_steps) and step >= descent.stage_steps[state.stage]:
         thresholds = {}
         if state.stage > 0:  # the first stage has nothing behind it
@@ -360,11 +379,77 @@ def _stages(fabric: Fabric, plan: Plan, state: _State, step: int, record: Record
         network.train()
 
 
+def _settle(fabric: Fabric, plan: Plan, state: _State, step: int, record: Record, epoch: int) -> bool:
+    """Before the first step: choose the channels that stay, cut the others away, refit; whether that was done."""
+    descent, network, d = plan.descent, state.task.network, plan.config.descent
+    if descent is None or not descent.settles or state.stage > 0:
+        return False
+    network.eval()
+    refit = Reconstruction(plan.reference, plan.refit_on) if plan.reference is not None and plan.refit_on else None
+    importance = estimate(network, plan.labelled)
+    tied = tied_units(network)
+
+    def place(model: nn.Module, density: dict[str, float]) -> None:
+        choose(model, density, importance.taylor, tied)
+
+    allocation = _allocation(plan, state, importance, refit, place, tied, record)
+    if plan.ms is not None and plan.stopwatch is not None:
+        alone = fabric.is_global_zero  # rank 0 alone holds the stopwatch
+        t = solve_latency(network, allocation, plan.ms, plan.stopwatch, place=place) if alone else 0.0
+    else:
+        t = solve(network, allocation, descent.ratio, [plan.probe[0][:1]], steps=14, place=place)
+    _agree(fabric, network)
+    chosen = densities(network)
+    state.settle()
+    unexplained = {} if refit is None else refit(network, ridge=d.ridge, channels=state.settled)
+    if refit is None:
+        reestimate_norms(network, plan.labelled, len(plan.labelled))
+    _agree(fabric, network)
+    cost = CostMeter(network)(plan.probe[0][:1])[1]
+    record.write("stage", epoch=epoch, step=step, target_ratio=descent.ratio, ratio=cost.ratio, t=t, densities=chosen,
+                 thresholds={}, unexplained=unexplained, **mask_counts(network))  # fmt: skip
+    state.stage += 1
+    network.train()
+    return True
+
+
+def _allocation(
+    plan: Plan, state: _State, importance: Importance, refit: Reconstruction | None,
+    place: Callable[[nn.Module, dict[str, float]], None], tied: Sequence[tuple[str, ...]], record: Record,
+) -> Allocation:  # fmt: skip
+    """The path of densities along which the network settles."""
+    network, d, ratio = state.task.network, plan.config.descent, plan.descent.ratio if plan.descent else 1.0
+    if d.allocation != "refit" or plan.teacher is None:
+        return choose_allocation(network, plan.config, importance, plan.probe)
+    layers = balancing.layers_of(network, tied)
+    stages = 1 + max(stage for stage, _ in layers.values())
+    if refit is None:
+        return balancing.allocation(balancing.start(stages), layers)
+    dense = [plan.teacher(x_BCHW)[0] for x_BCHW in plan.held]
+    trial = balancing.Trial(network, refit, plan.held, dense, d.ridge)
+
+    def judge(exponents: balancing.Exponents) -> float:
+        path = balancing.allocation(exponents, layers)
+
+        def meet(cut: nn.Module) -> None:
+            solve(cut, path, ratio, [plan.probe[0][:1]], steps=12, place=place)
+
+        try:
+            return trial(meet)
+        except BudgetError:
+            return math.inf
+
+    def told(exponents: balancing.Exponents, divergence: float) -> None:
+        record.write("trial", stream=exponents.stream, stages=exponents.stages, divergence=divergence)
+
+    return balancing.allocation(balancing.balance(judge, stages, d.trials, told), layers)
+
+
 def _reconstruct(plan: Plan, state: _State) -> dict[str, tuple[float, float]]:
     """Refit the network that has just lost channels; the momentum belonged to the weights before."""
     if plan.reference is None or not plan.refit_on:
         return {}
-    left = reconstruct(state.task.network, plan.reference, plan.refit_on, ridge=plan.config.descent.ridge)
+    left = Reconstruction(plan.reference, plan.refit_on)(state.task.network, ridge=plan.config.descent.ridge)
     for moving in state.optimizer.state.values():
         if moving.get("momentum_buffer") is not None:
             moving["momentum_buffer"].zero_()
@@ -372,7 +457,7 @@ def _reconstruct(plan: Plan, state: _State) -> dict[str, tuple[float, float]]:
 
 
 def needs_importance(config: FitConfig) -> bool:
-    return config.selection.importance or config.descent.allocation == "importance"
+    return config.selection.importance or config.descent.allocation in ("importance", "refit")
 
 
 def choose_allocation(
