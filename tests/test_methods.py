@@ -141,7 +141,8 @@ def test_momentum_goes_with_the_channels(room: Path, tmp_path: Path, monkeypatch
         cut(self, kept)
         if before:
             seen.append((before, self))
-            for name, buffer in self.momentum.items():
+            for name, moments in self.moments.items():
+                buffer = moments["momentum_buffer"]
                 assert buffer.shape == self.task.get_parameter(name).shape
                 assert set(buffer.flatten().tolist()) <= set(before[name].flatten().tolist())
 

@@ -98,9 +98,7 @@ def test_every_unit_has_a_stage_and_the_budget_is_met(family: str) -> None:
         assert len({layers[name] for name in names}) == 1
     rule = start(stages)
     x = torch.randn(1, 3, 40, 40)
-    solve(
-        model, lambda t: rule.densities(t, layers), 1.5, [x], place=lambda m, d: choose(m, d, worth, tied), steps=12
-    )
+    solve(model, lambda t: rule.densities(t, layers), 1.5, [x], place=lambda m, d: choose(m, d, worth, tied), steps=12)
     assert CostMeter(model)(x)[1].ratio >= 1.5
 
 

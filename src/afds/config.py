@@ -194,12 +194,14 @@ class DescentConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How weights are learned: SGD with momentum."""
+    """How weights are learned."""
 
     epochs: int = 0
     """Passes over the training images. 0: chosen by their number (about 60,000 images seen, 12 to 60 passes)."""
     batch_size: int = 32
     """Images a step, per device."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """`sgd`: with Nesterov momentum. `adamw`: wants about a twentieth of the rate."""
     lr: float = 0.02
     """Peak learning rate."""
     predictor_lr: float = 1.0
@@ -207,11 +209,14 @@ class OptimConfig:
     momentum: float = 0.9
     """Momentum of SGD (Nesterov)."""
     weight_decay: float = 5e-4
-    """L2 weight decay, on weights of convolutions, predictors and the classifier."""
+    """Weight decay, on weights of convolutions, predictors and the classifier (L2; decoupled with adamw)."""
     schedule: Literal["cosine", "step"] = "cosine"
     """`cosine`: warm-up over the first 5 %, then down to 0. `step`: times 0.1 after 67 % (the paper's student)."""
     label_smoothing: float = 0.0
     """Label smoothing of the cross-entropy."""
+    mixup: float = 0.0
+    """Alpha of mixup: pairs of training images are blended by a share drawn from Beta(alpha, alpha), labels with them;
+    a teacher sees the same blend. 0: not."""
     clip: float = 10.0
     """Largest gradient norm. 0: no clipping."""
 
@@ -228,7 +233,31 @@ class OptimConfig:
         _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "from 0 to below 1")
         _require(self.weight_decay >= 0, "optim.weight-decay", self.weight_decay, "0 or more")
         _require(0 <= self.label_smoothing < 1, "optim.label-smoothing", self.label_smoothing, "from 0 to below 1")
+        _require(0 <= self.mixup <= 10, "optim.mixup", self.mixup, "from 0 to 10")
         _require(self.clip >= 0, "optim.clip", self.clip, "0 or more")
+
+
+@dataclass(frozen=True)
+class RecoveryConfig:
+    """How a settled network learns again (method afds, --descent.settle); these take the place of the like in --optim
+    and --distillation, which hold for the dense fine-tuning before."""
+
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    """`adamw` keeps what the refit has saved; sgd destroys much of it in its first steps."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.02
+    """Weight decay."""
+    mixup: float = 0.0
+    """Alpha of mixup."""
+    hints: float = 10.0
+    """Weight of matching the output of every residual block with the fine-tuned dense network's."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.lr < 100, "recovery.lr", self.lr, "above 0")
+        _require(self.weight_decay >= 0, "recovery.weight-decay", self.weight_decay, "0 or more")
+        _require(0 <= self.mixup <= 10, "recovery.mixup", self.mixup, "from 0 to 10")
+        _require(self.hints >= 0, "recovery.hints", self.hints, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -310,6 +339,7 @@ class FitConfig:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
     descent: DescentConfig = field(default_factory=DescentConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     latency: LatencyConfig = field(default_factory=LatencyConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
@@ -358,6 +388,15 @@ def resolve_method(config: FitConfig) -> FitConfig:
         parts = {part: dataclasses.replace(getattr(config, part), **values) for part, values in PAPER.items()}
         config = dataclasses.replace(config, **parts)
     return config
+
+
+def recovering(config: FitConfig) -> FitConfig:
+    """The options with those of `recovery` in their places."""
+    r = config.recovery
+    optim = dataclasses.replace(config.optim, optimizer=r.optimizer, lr=r.lr, weight_decay=r.weight_decay,
+                                mixup=r.mixup)  # fmt: skip
+    return dataclasses.replace(config, optim=optim, distillation=dataclasses.replace(config.distillation,
+                                                                                     hints=r.hints))  # fmt: skip
 
 
 def to_json(config: Any) -> Any:

@@ -20,7 +20,7 @@ from afds.compression.lowres import input_size_for, macs_at
 from afds.compression.pruning import Pruning, check_reachable, plan_pruning
 from afds.compression.slimming import Sparsity
 from afds.compression.small import require_small, too_dear
-from afds.config import PRUNED, FitConfig, parse_method, to_json
+from afds.config import PRUNED, FitConfig, parse_method, recovering, to_json
 from afds.cost import has_selection, measure_cost
 from afds.data import (
     Augment,
@@ -111,8 +111,10 @@ class Setup:
             set_density(network, 1.0)
         best = selects and self.is_base and config.method == "afds"
         settles, refits = best and config.descent.settle, best and config.descent.reconstruct > 0
+        if settles:
+            config = recovering(config)
         reference = copy.deepcopy(network).requires_grad_(False) if refits else None
-        terms, teacher = self._transfer(transfer, dense_network, size)
+        terms, teacher = self._transfer(config, transfer, dense_network, size)
         if compression == "slimming" and self.ratio == 1 and config.pruning.sparsity > 0:
             terms.append(Sparsity(config.pruning.sparsity))
         task = Task(network, terms, config, self._heads(network))
@@ -186,10 +188,10 @@ class Setup:
         return plan
 
     def _transfer(
-        self, transfer: str, dense_network: nn.Module, size: int
+        self, config: FitConfig, transfer: str, dense_network: nn.Module, size: int
     ) -> tuple[list[Regulariser], FrozenNetwork | None]:
         """The regularisers of a transfer, and the frozen network that they compare with."""
-        c, network, device = self.config, self.network, self.fabric.device
+        c, network, device = config, self.network, self.fabric.device
         if transfer == "l2-sp":
             heads = self._heads(network)
             start = {n: p.detach().clone() for n, p in self._anchor(network).named_parameters()

@@ -71,13 +71,24 @@ class Task(nn.Module):
         self.points |= {name: TapPoint(name) for term in terms for name in term.blocks}
 
     def forward(
-        self, x_BCHW: Tensor, y_B: Tensor, teacher: tuple[Tensor | None, dict[str, Tensor]] | None
+        self,
+        x_BCHW: Tensor,
+        y_B: Tensor,
+        teacher: tuple[Tensor | None, dict[str, Tensor]] | None,
+        mixed: tuple[Tensor, float] | None = None,
     ) -> dict[str, Any]:
-        """The terms of the loss, unweighted, their weighted sum `loss`, and rho's `entropy`."""
+        """The terms of the loss, unweighted, their weighted sum `loss`, and rho's `entropy`.
+
+        mixed: where the images are blends, the labels (B,) of their second parts and the share of the first.
+        """
         with tap(self.network, self.points) as features:
             logits_BK = self.network(x_BCHW)
         out: dict[str, Any] = {"entropy": {}}
-        out["ce"] = F.cross_entropy(logits_BK.float(), y_B, label_smoothing=self.config.optim.label_smoothing)
+        smoothing = self.config.optim.label_smoothing
+        out["ce"] = F.cross_entropy(logits_BK.float(), y_B, label_smoothing=smoothing)
+        if mixed is not None:
+            second = F.cross_entropy(logits_BK.float(), mixed[0], label_smoothing=smoothing)
+            out["ce"] = torch.lerp(second, out["ce"], mixed[1])
         out["correct"] = (logits_BK.detach().argmax(1) == y_B).float().mean()
         out["loss"] = out["ce"]
         seen = Step(self.network, logits_BK, features, *(teacher or (None, {})))
@@ -124,6 +135,26 @@ def learning_rate(step: int, total: int, optim: OptimConfig) -> float:
     if optim.schedule == "step":
         return optim.lr * rise * (0.1 if step >= 0.67 * total else 1.0)
     return optim.lr * rise * 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, total - warm)))
+
+
+def make_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer that the options name."""
+    if optim.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=optim.lr)
+    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.momentum > 0)
+
+
+def mix(x_BCHW: Tensor, alpha: float) -> tuple[Tensor, Tensor, float]:
+    """Mixup: each image blended with another of the batch, by one share of Beta(alpha, alpha).
+
+    Zhang et al., *mixup: Beyond Empirical Risk Minimization*, ICLR 2018; with a teacher that sees the same blend, Beyer
+    et al., *Knowledge distillation: A good teacher is patient and consistent*, CVPR 2022.
+    Returns:
+        The blends, the other image of each (B,), and the share of the first.
+    """
+    share = float(torch.distributions.Beta(alpha, alpha).sample())
+    other_B = torch.randperm(len(x_BCHW))
+    return torch.lerp(x_BCHW[other_B], x_BCHW, share), other_B, share
 
 
 @dataclass
@@ -179,7 +210,11 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
             rate *= c.descent.lr if plan.descent is not None else 1.0
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["multiple"]
-            losses = wrapped(x_BCHW, y_B, state.teach(x_BCHW, fabric))
+            mixed = None
+            if c.optim.mixup > 0 and len(y_B) > 1:
+                x_BCHW, other_B, share = mix(x_BCHW, c.optim.mixup)
+                mixed = y_B[other_B], share
+            losses = wrapped(x_BCHW, y_B, state.teach(x_BCHW, fabric), mixed)
             if not torch.isfinite(losses["loss"]):
                 raise TrainingError(
                     f"The loss is {float(losses['loss'])} at step {step} (epoch {epoch + 1}). "
@@ -243,7 +278,7 @@ class _State:
     def __init__(self, task: Task, plan: Plan) -> None:
         self.task, self.plan = task, plan
         self.optimizer: Any = None
-        self.momentum: dict[str, Tensor] = {}  # by name, of parameters that a cut has replaced
+        self.moments: dict[str, dict[str, Tensor]] = {}  # what the optimizer held for parameters that a cut replaced
         self.epoch = 0
         self.stage = 0
         self.importance: Importance | None = None
@@ -252,25 +287,24 @@ class _State:
 
     def start(self, fabric: Fabric) -> tuple[Any, Any]:
         """The task and a fresh optimizer over its parameters as they now are, set up by Fabric."""
-        optim = self.plan.config.optim
-        sgd = torch.optim.SGD(parameter_groups(self.task, self.plan.config), lr=optim.lr, momentum=optim.momentum,
-                              nesterov=optim.momentum > 0)  # fmt: skip
+        optimizer = make_optimizer(parameter_groups(self.task, self.plan.config), self.plan.config.optim)
         for name, parameter in self.task.named_parameters():
-            if name in self.momentum:
-                sgd.state[parameter]["momentum_buffer"] = self.momentum[name]
-        self.momentum = {}
-        wrapped, self.optimizer = fabric.setup(self.task, sgd)
+            if name in self.moments:
+                optimizer.state[parameter] = self.moments[name]
+        self.moments = {}
+        wrapped, self.optimizer = fabric.setup(self.task, optimizer)
         return wrapped, self.optimizer
 
     def cut(self, kept: Kept) -> None:
-        """Channels have just gone from the network: momentum and regularisers follow, by name."""
+        """Channels have just gone from the network: the optimizer's moments and regularisers follow, by name."""
         old = self.optimizer.optimizer.state if hasattr(self.optimizer, "optimizer") else self.optimizer.state
-        buffers = {id(p): s["momentum_buffer"] for p, s in old.items() if s.get("momentum_buffer") is not None}
-        self.momentum = {
-            name: cut_tensor(name.removeprefix("network."), buffers[before], kept).clone()
+        held = {id(parameter): moments for parameter, moments in old.items()}
+        self.moments = {
+            name: {key: cut_tensor(name.removeprefix("network."), value, kept).clone() if isinstance(value, Tensor)
+                   else value for key, value in held[before].items() if value is not None}
             for name, before in self.names.items()
-            if before in buffers
-        }
+            if before in held
+        }  # fmt: skip
         self.kept = then(self.kept, kept)
         self._follow()
 
@@ -450,9 +484,10 @@ def _reconstruct(plan: Plan, state: _State) -> dict[str, tuple[float, float]]:
     if plan.reference is None or not plan.refit_on:
         return {}
     left = Reconstruction(plan.reference, plan.refit_on)(state.task.network, ridge=plan.config.descent.ridge)
-    for moving in state.optimizer.state.values():
-        if moving.get("momentum_buffer") is not None:
-            moving["momentum_buffer"].zero_()
+    for moments in state.optimizer.state.values():
+        for value in moments.values():
+            if isinstance(value, Tensor) and value.dim():
+                value.zero_()
     return left
 
 
