@@ -145,7 +145,7 @@ class DescentConfig:
     layers inside of blocks less (ours). `importance`: the last channel kept in each layer is worth
     about the same per MAC (ours). `refit`: what the refitted network is nearest to the dense one with (ours; with
     settling, otherwise as `importance`)."""
-    trials: int = 24
+    trials: int = 12
     """With `refit`: how many ways of sharing out the densities are tried."""
     start: float = 0.05
     """Without settling: share of the epochs at d = 1."""
