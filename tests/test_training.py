@@ -19,7 +19,7 @@ from afds.errors import BudgetError, ConfigError, DataError, RunFolderError
 from afds.fitting import fit, read_result
 from afds.schedule import MARGIN
 from afds.selection import gates
-from afds.training import Task, learning_rate, parameter_groups
+from afds.task import Task, learning_rate, parameter_groups
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}'
 

@@ -159,7 +159,7 @@ class DescentConfig:
     """Per stage, this share of a layer's kept channels, those of the smallest mean pi, is pruned for good."""
     floor: float = 0.4
     """With `importance`: no layer falls below this share of the uniform density."""
-    reconstruct: int = 768
+    reconstruct: int = 1536
     """Training images on which the convolutions are refitted by least squares to the fine-tuned dense network's,
     after settling or after each stage of the fall (ours, method afds; fewer where memory is short). 0: not."""
     ridge: float = 0.1

@@ -30,7 +30,7 @@ from torch import Tensor, fx, nn
 from afds.graph import ADDS, tensor_inputs, trace
 from afds.selection import SelectiveConvBN
 
-ROWS = 24_000  # of X, per layer: positions of all images together (12,000: KL after the refit 1.09, 24,000: 1.00)
+ROWS = 24_000  # of X, per layer: positions of all images together (with half of it the KL is 1.09, not 1.00)
 MEMORY = 3 * 2**30  # bytes of feature maps that are kept at a time
 
 

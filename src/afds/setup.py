@@ -40,7 +40,8 @@ from afds.latency import Stopwatch, ratio_for
 from afds.schedule import parse_budget, plan_descent, solve, sparing_stream, uniform
 from afds.selection import SelectionConfig, gates, select, selective_units, set_density
 from afds.sources import check_supported, load_source
-from afds.training import Plan, Task
+from afds.state import Plan
+from afds.task import Task
 from afds.transfer import (
     AttentiveTransfer,
     BlockHints,
