@@ -147,6 +147,9 @@ class DescentConfig:
     settling, otherwise as `importance`)."""
     trials: int = 12
     """With `refit`: how many ways of sharing out the densities are tried."""
+    multiple_of: int = 8
+    """Settling keeps a multiple of so many channels in layers that have eight times as many: runtimes compute in such
+    blocks."""
     start: float = 0.05
     """Without settling: share of the epochs at d = 1."""
     end: float = 0.5
@@ -175,6 +178,7 @@ class DescentConfig:
     def __post_init__(self) -> None:
         _require(0 <= self.start < self.end <= 1, "descent.start and descent.end", (self.start, self.end),
                  "0 <= start < end <= 1")  # fmt: skip
+        _require(1 <= self.multiple_of <= 64, "descent.multiple-of", self.multiple_of, "from 1 to 64")
         _require(self.trials >= 0, "descent.trials", self.trials, "0 or more")
         _require(self.stages >= 1, "descent.stages", self.stages, "1 or more")
         _require(
@@ -217,6 +221,8 @@ class OptimConfig:
     mixup: float = 0.0
     """Alpha of mixup: pairs of training images are blended by a share drawn from Beta(alpha, alpha), labels with them;
     a teacher sees the same blend. 0: not."""
+    mixup_share: float = 1.0
+    """Share of the steps whose images are blended."""
     clip: float = 10.0
     """Largest gradient norm. 0: no clipping."""
 
@@ -234,6 +240,7 @@ class OptimConfig:
         _require(self.weight_decay >= 0, "optim.weight-decay", self.weight_decay, "0 or more")
         _require(0 <= self.label_smoothing < 1, "optim.label-smoothing", self.label_smoothing, "from 0 to below 1")
         _require(0 <= self.mixup <= 10, "optim.mixup", self.mixup, "from 0 to 10")
+        _require(0 <= self.mixup_share <= 1, "optim.mixup-share", self.mixup_share, "from 0 to 1")
         _require(self.clip >= 0, "optim.clip", self.clip, "0 or more")
 
 
@@ -248,8 +255,10 @@ class RecoveryConfig:
     """Peak learning rate."""
     weight_decay: float = 0.02
     """Weight decay."""
-    mixup: float = 0.0
-    """Alpha of mixup."""
+    mixup: float = 1.0
+    """Alpha of mixup: the dense network says of blends what it does not say of images that it knows by heart."""
+    mixup_share: float = 0.5
+    """Share of the steps whose images are blended."""
     hints: float = 10.0
     """Weight of matching the output of every residual block with the fine-tuned dense network's."""
 
@@ -257,6 +266,7 @@ class RecoveryConfig:
         _require(0 < self.lr < 100, "recovery.lr", self.lr, "above 0")
         _require(self.weight_decay >= 0, "recovery.weight-decay", self.weight_decay, "0 or more")
         _require(0 <= self.mixup <= 10, "recovery.mixup", self.mixup, "from 0 to 10")
+        _require(0 <= self.mixup_share <= 1, "recovery.mixup-share", self.mixup_share, "from 0 to 1")
         _require(self.hints >= 0, "recovery.hints", self.hints, "0 or more")
 
 
@@ -394,7 +404,7 @@ def recovering(config: FitConfig) -> FitConfig:
     """The options with those of `recovery` in their places."""
     r = config.recovery
     optim = dataclasses.replace(config.optim, optimizer=r.optimizer, lr=r.lr, weight_decay=r.weight_decay,
-                                mixup=r.mixup)  # fmt: skip
+                                mixup=r.mixup, mixup_share=r.mixup_share)  # fmt: skip
     return dataclasses.replace(config, optim=optim, distillation=dataclasses.replace(config.distillation,
                                                                                      hints=r.hints))  # fmt: skip
 

@@ -103,15 +103,9 @@ def solve_latency(
 
 
 def ratio_for(
-    network: nn.Module,
-    allocation: Allocation,
-    ms: float,
-    watch: Stopwatch,
-    probe: Sequence[Tensor],
-    *,
-    place: Place = set_density,
+    network: nn.Module, allocation: Allocation, place: Place, ms: float, watch: Stopwatch, probe: Sequence[Tensor]
 ) -> float:
-    """The ratio of MACs that ``ms`` comes to on this machine, along ``allocation``; densities are left where found.
+    """The ratio of MACs that ``ms`` comes to on this machine, along ``allocation``; the model stays there.
 
     Raises:
         BudgetError: out of reach; or the network with all its channels is within the budget.

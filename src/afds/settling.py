@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from afds.compaction import cut_away, find_couplings, kept_channels
 from afds.selection import gates, set_density, winners
 
+COARSE = 8  # a layer's width must bear being rounded to an eighth of itself
+
 
 def tied_units(model: nn.Module) -> list[tuple[str, ...]]:
     """The units of a selective network in groups whose channels keep the same places, in the order of their first.
@@ -43,13 +45,19 @@ def tied_units(model: nn.Module) -> list[tuple[str, ...]]:
 
 @torch.no_grad()
 def choose(
-    model: nn.Module, density: Mapping[str, float], worth: Mapping[str, Tensor], tied: Sequence[tuple[str, ...]]
+    model: nn.Module,
+    density: Mapping[str, float],
+    worth: Mapping[str, Tensor],
+    tied: Sequence[tuple[str, ...]],
+    *,
+    multiple_of: int = 1,
 ) -> None:
     """Keep the channels of the largest worth, the same in tied units, and none else; nothing is cut yet.
 
     Args:
         density: of each unit; tied units take the geometric mean of theirs.
         worth: (C,) of each unit, comparable between tied units.
+        multiple_of: the number kept is the nearest multiple of this, in layers of `COARSE` times as many and more.
     """
     chosen = gates(model)
     for names in tied:
@@ -57,6 +65,8 @@ def choose(
         d = min(1.0, float(logs.mean().exp()))
         total_C = torch.stack([worth[name].double() for name in names]).sum(0)
         k = winners(d, len(total_C))
+        if len(total_C) >= COARSE * multiple_of:
+            k = min(len(total_C), multiple_of * max(1, round(d * len(total_C) / multiple_of)))
         best = total_C.topk(k).indices
         for name in names:
             gate = chosen[name]

@@ -15,6 +15,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from afds import balance
 from afds.artifact import is_run, load_run
 from afds.compression.lowres import input_size_for, macs_at
 from afds.compression.pruning import Pruning, check_reachable, plan_pruning
@@ -37,8 +38,9 @@ from afds.errors import BudgetError, ConfigError
 from afds.graph import convbn_units, residual_blocks, stage_ends, unit_roles
 from afds.hardware import stamp
 from afds.latency import Stopwatch, ratio_for
-from afds.schedule import parse_budget, plan_descent, solve, sparing_stream, uniform
+from afds.schedule import Allocation, Place, parse_budget, plan_descent, solve, sparing_stream, uniform
 from afds.selection import SelectionConfig, gates, select, selective_units, set_density
+from afds.settling import choose, tied_units
 from afds.sources import check_supported, load_source
 from afds.state import Plan
 from afds.task import Task
@@ -145,15 +147,28 @@ class Setup:
     def _time(self, ms: float, stopwatch: Stopwatch, probe: Sequence[Tensor]) -> FitConfig:
         """What the milliseconds come to in MACs, unless the record says so already; into `config` and `ratio`."""
         if not self.ratio:
-            allocation = sparing_stream if self.config.descent.allocation == "stream" else uniform
-            found = 0.0
+            network, found = self.network, 0.0
             if self.fabric.is_global_zero:  # the others would only disturb the measurement
-                found = ratio_for(self.network, allocation(self.network), ms, stopwatch, probe)
-                set_density(self.network, 1.0)
+                kept = {name: gate.kept.clone() for name, gate in gates(network).items()}
+                found = ratio_for(network, *self._widths_to_time(network), ms, stopwatch, probe)
+                set_density(network, 1.0)
+                for name, gate in gates(network).items():
+                    gate.kept.copy_(kept[name])
             self.ratio = float(self.fabric.broadcast(found))
             latency = dataclasses.replace(self.config.latency, ratio=self.ratio)
             self.config = dataclasses.replace(self.config, latency=latency)
         return self.config
+
+    def _widths_to_time(self, network: nn.Module) -> tuple[Allocation, Place]:
+        """How densities fall while a stopwatch looks, and how they are put in: which channels win is of no matter."""
+        if self.config.method == "afds" and self.config.descent.settle:
+            tied = tied_units(network)
+            layers = balance.layers_of(network, tied)
+            rule = balance.start(1 + max(stage for stage, _ in layers.values()))
+            alike = {name: torch.ones(gate.sign.numel()) for name, gate in gates(network).items()}
+            eights = self.config.descent.multiple_of
+            return balance.allocation(rule, layers), lambda m, d: choose(m, d, alike, tied, multiple_of=eights)
+        return (sparing_stream if self.config.descent.allocation == "stream" else uniform)(network), set_density
 
     def _cheaper(self, whole: nn.Module, compression: str, transfer: str) -> nn.Module:
         """The network that is trained in place of ``whole``: smaller, on smaller images, or both."""

@@ -95,7 +95,7 @@ def settle_winners(fabric: Fabric, plan: Plan, state: State, step: int, record: 
     tied = tied_units(network)
 
     def place(model: nn.Module, density: dict[str, float]) -> None:
-        choose(model, density, importance.taylor, tied)
+        choose(model, density, importance.taylor, tied, multiple_of=d.multiple_of)
 
     allocation = _allocation(plan, state, importance, refit, place, tied, record)
     if plan.ms is not None and plan.stopwatch is not None:

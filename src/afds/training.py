@@ -67,7 +67,7 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["multiple"]
             mixed = None
-            if c.optim.mixup > 0 and len(y_B) > 1:
+            if c.optim.mixup > 0 and len(y_B) > 1 and float(torch.rand(())) < c.optim.mixup_share:
                 x_BCHW, other_B, share = mix(x_BCHW, c.optim.mixup)
                 mixed = y_B[other_B], share
             losses = wrapped(x_BCHW, y_B, state.teach(x_BCHW, fabric), mixed)
