@@ -38,17 +38,18 @@ class Reconstruction:
     """What a reference computes on some images, read once, and networks refitted to it as often as asked."""
 
     @torch.no_grad()
-    def __init__(self, reference: nn.Module, batches: Sequence[Tensor]) -> None:
+    def __init__(self, reference: nn.Module, batches: Sequence[Tensor], *, rows: int = ROWS) -> None:
         """
         Args:
             reference: a network with selection, at d = 1.
             batches: images (B, 3, H, W); fewer are used where their feature maps would take over `MEMORY`.
+            rows: positions, of all images together, on which each layer is fitted.
         """
         was_training = reference.training
         reference.eval()
         graph = trace(reference)
         self.batches = _what_fits(graph, batches)
-        self._seen = _Positions(sum(len(x_BCHW) for x_BCHW in self.batches))
+        self._seen = _Positions(max(1, rows // sum(len(x_BCHW) for x_BCHW in self.batches)))
         aims = {aim.name: unit for unit, aim in _aims(graph).items()}
         self._wanted = _read(graph, aims, self.batches, self._seen)
         reference.train(was_training)
@@ -81,9 +82,8 @@ class Reconstruction:
                 if unit.conv.groups > 1:
                     _measure_norm(unit, inputs)
                 else:
-                    targets = self._wanted[name]
-                    if channels is not None:
-                        targets = [t[:, channels[name].to(t.device)] for t in targets]
+                    here = channels[name] if channels is not None else slice(None)
+                    targets = [t[:, here].float() for t in self._wanted[name]]
                     if aims[name] is not node:  # a residual sum: what the other branch gives is not this unit's to give
                         targets = [t - self._seen.sample(walk.env[_other(aims[name], walk.env)], name)
                                    for t, walk in zip(targets, walks, strict=True)]  # fmt: skip
@@ -159,7 +159,7 @@ def _other(total: fx.Node, env: dict[fx.Node, Any]) -> fx.Node:
 class _Positions:
     """Where each unit's maps are looked at: the same places in both networks and in all images."""
 
-    images: int
+    each: int  # of one image
 
     def __post_init__(self) -> None:
         self.at: dict[str, Tensor] = {}
@@ -169,7 +169,7 @@ class _Positions:
         """(B P, C) of the P places."""
         area = y_BCHW.shape[2] * y_BCHW.shape[3]
         if unit not in self.at:
-            places = torch.randperm(area, generator=self._generator)[: max(1, ROWS // self.images)]
+            places = torch.randperm(area, generator=self._generator)[: self.each]
             self.at[unit] = places.to(y_BCHW.device)
         return y_BCHW.flatten(2)[:, :, self.at[unit]].transpose(1, 2).reshape(-1, y_BCHW.shape[1])
 
@@ -177,7 +177,7 @@ class _Positions:
 def _read(
     graph: fx.GraphModule, units: dict[str, str], batches: Sequence[Tensor], seen: _Positions
 ) -> dict[str, list[Tensor]]:
-    """The reference's values at the aims, per unit and batch; read before timm goes on in place."""
+    """The reference's values at the aims, per unit and batch, in half precision, as all layers' are kept at once."""
     wanted: dict[str, list[Tensor]] = {}
     for x_BCHW in batches:
         walk = _Walk(graph, x_BCHW)
@@ -185,7 +185,7 @@ def _read(
             walk.step(node)
             if node.name in units:
                 unit = units[node.name]
-                wanted.setdefault(unit, []).append(seen.sample(walk.env[node], unit))
+                wanted.setdefault(unit, []).append(seen.sample(walk.env[node], unit).half())
     return wanted
 
 

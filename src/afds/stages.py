@@ -25,7 +25,7 @@ from afds.importance import Importance, by_importance, estimate, set_importance
 from afds.latency import solve_latency
 from afds.masks import mask_counts, update_masks
 from afds.norms import reestimate_norms
-from afds.reconstruction import Reconstruction
+from afds.reconstruction import ROWS, Reconstruction
 from afds.record import Record
 from afds.schedule import Allocation, Place, solve, sparing_stream, uniform
 from afds.selection import densities, gates, set_density
@@ -131,7 +131,7 @@ def _allocation(
     if refit is None or plan.reference is None:
         return balancing.allocation(balancing.start(stages), layers)
     dense = [plan.teacher(x_BCHW)[0] for x_BCHW in plan.held]
-    quick = Reconstruction(plan.reference, [x_BCHW[::TRIED] for x_BCHW in plan.refit_on])
+    quick = Reconstruction(plan.reference, [x_BCHW[::TRIED] for x_BCHW in plan.refit_on], rows=ROWS // 2)
     trial = balancing.Trial(network, quick, plan.held, dense, d.ridge)
 
     def judge(exponents: balancing.Exponents) -> float:
