@@ -57,6 +57,7 @@ from afds.transfer import (
 
 IMAGES_SEEN = 60_000  # by default a training shows about so many images ...
 FEWEST_EPOCHS, MOST_EPOCHS = 12, 60  # ... within these bounds
+RECOVERY = 2  # times as many for a settled network, whose epochs cost half and whose accuracy still rises
 
 
 def default_epochs(images: int) -> int:
@@ -128,7 +129,7 @@ class Setup:
         train_set = ImageDataset(splits.train, train_transform(self.preprocess, augment), cache=d.cache)
         loader = make_loader(train_set, batch_size=o.batch_size, shuffle=True, seed=config.seed, workers=d.workers,
                              drop_last=True)  # fmt: skip
-        epochs = o.epochs or default_epochs(len(splits.train))
+        epochs = o.epochs or default_epochs(len(splits.train)) * (RECOVERY if settles else 1)
         total_steps = epochs * (len(loader) // fabric.world_size)
         self.plan = Plan(
             config=config, task=task, train_loader=fabric.setup_dataloaders(loader),
