@@ -443,6 +443,7 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
     for (size_t i = 0; i < lines; ++i)
       std::memcpy(kept + i * c.columns, c.halves + i * width, sizeof(uint16_t) * width);
     c.halves = kept;
+    if (!pairs_->words) wide_ = std::max(wide_, size_t(kMaxRows) * round_up(c.taps * c.columns / 2, kRound) * 2 + kRound);
     if (x.pairing == Pairing::kFree) picked_ = std::max(picked_, size_t(kMaxRows) * c.taps * c.columns + 64);
   } else {
     c.weight = arena_.keep(c.weight);
@@ -565,6 +566,7 @@ std::unique_ptr<Workspace> Engine::make_workspace() const {
     p.sum.assign(widest_, nullptr);
     p.half.assign(widest_, Half{});
     p.picked.assign(picked_, 0);
+    p.wide = Floats(wide_);
   }
   ws->macs.assign(ops_.size(), 0);
   ws->seconds.assign(ops_.size() * kParts, 0.0);
@@ -981,6 +983,34 @@ void Engine::stage(const Run &run, const Conv &c) const {
   }
 }
 
+// The weights of a few rows, from `row` on, as the product reads them: those of the active inputs picked where pairs go
+// by the list, and as floats where the product wants these.
+void Engine::make_weights(const Run &run, const Conv &c, int row, int rows, const float **to) const {
+  Workspace &ws = run.ws;
+  const Active &x = ws.active[c.x];
+  Workspace::Pointers &own = ws.pointers[run.t];
+  const int words = c.taps * (x.by_list ? x.n_pairs : c.columns / 2);
+  for (int r = 0; r < rows; ++r) {
+    const uint16_t *from = c.halves + size_t(ws.rows[row + r]) * c.taps * c.columns;
+    if (x.by_list) {
+      uint16_t *picked = own.picked.data() + size_t(r) * words * 2, *at = picked;
+      for (int t = 0; t < c.taps; ++t, from += c.columns, at += x.n_pairs * 2) {
+        pick(at, from, c.in, ws.bits.data(), x.list.data(), x.n);
+        if (x.n % 2) at[x.n] = 0;
+      }
+      from = picked;
+    }
+    if (pairs_->words) {
+      to[r] = reinterpret_cast<const float *>(from);
+      continue;
+    }
+    const int upper = round_up(words, kRound);
+    float *wide = own.wide.data() + size_t(r) * upper * 2;
+    pairs_->widen(wide, wide + upper, reinterpret_cast<const uint32_t *>(from), words);
+    to[r] = wide;
+  }
+}
+
 void Engine::tiles(const Run &run, const Conv &c) const {
   Workspace &ws = run.ws;
   const Layout &out = layout(c.y);
@@ -1029,11 +1059,12 @@ void Engine::tiles(const Run &run, const Conv &c) const {
   }
   for (int i = 0; i < kMaxRows && ws.n_rows; ++i) ptr.w[ws.n_rows + i] = ptr.w[ws.n_rows - 1];
 
-  const bool picked = c.halves && x.by_list;
+  const bool made = c.halves && (x.by_list || !pairs_->words);  // weights are, by a few rows at a time
   const float *own[kMaxRows];
   auto pair = [&](int i) { return y.by_list ? i / 2 : ws.rows[i] / 2; };
   Tile tile{};
   tile.mask = mask;
+  tile.upper = round_up(c.taps * (x.by_list ? x.n_pairs : c.columns / 2), kRound);
   tile.act = c.act;
   const float *fetch[8];
   tile.fetch = fetch;
@@ -1055,15 +1086,15 @@ void Engine::tiles(const Run &run, const Conv &c) const {
     const int px_parts = (px.size() + split.vecs - 1) / split.vecs;
     // The operand that is read again and again should be the one that stays in the cache.
     const int64_t weights = int64_t(rows.size()) * tile.steps, pixels = int64_t(tile.steps) / c.taps * px.size() * lanes;
-    const bool rows_outside = weights > pixels || picked;
+    const bool rows_outside = weights > pixels || made;
     auto block = [&](Share r, Share v) {
       const int at = (px.begin + v.begin) * lanes, row = rows.begin + r.begin;
-      const bool weights_new = v.begin == 0 && !picked;  // the first pixels of a row meet its weights in memory far away
+      const bool weights_new = v.begin == 0 && !made;  // the first pixels of a row meet its weights in memory far away
       if (weights_new)
         for (int i = 0, j = 0; i < 8; ++i, j = j + 1 < r.size() ? j + 1 : 0) fetch[i] = ptr.w[row + r.size() + j];
       tile.at = at;
       tile.x = base + at;
-      tile.w = picked ? own : ptr.w.data() + row;
+      tile.w = made ? own : ptr.w.data() + row;
       tile.out = floats ? ptr.out.data() + row : nullptr;
       tile.half = halves ? ptr.half.data() + row : nullptr;
       tile.res = res ? ptr.res.data() + row : nullptr;
@@ -1077,16 +1108,7 @@ void Engine::tiles(const Run &run, const Conv &c) const {
     if (rows_outside) {
       for (int i = 0; i < row_parts; ++i) {
         const Share r = row_steps[i];
-        if (picked)
-          for (int q = 0; q < r.size(); ++q) {
-            uint16_t *to = ptr.picked.data() + size_t(q) * c.taps * x.n_pairs * 2;
-            own[q] = reinterpret_cast<const float *>(to);
-            const uint16_t *from = c.halves + size_t(ws.rows[rows.begin + r.begin + q]) * c.taps * c.columns;
-            for (int t = 0; t < c.taps; ++t, from += c.columns, to += x.n_pairs * 2) {
-              pick(to, from, c.in, ws.bits.data(), x.list.data(), x.n);
-              if (x.n % 2) to[x.n] = 0;
-            }
-          }
+        if (made) make_weights(run, c, rows.begin + r.begin, r.size(), own);
         for (int j = 0; j < px_parts; ++j) block(r, px_steps[j]);
       }
     } else {

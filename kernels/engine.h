@@ -193,6 +193,7 @@ struct Workspace {
     std::vector<float *> out, sum;
     std::vector<Half> half;
     std::vector<uint16_t> picked;  // weights of active inputs of the rows of one tile
+    Floats wide;                   // all weights of these rows as floats, for products that do not read pairs
   };
   std::vector<Pointers> pointers;
   int n_rows = 0, n_only = 0;
@@ -280,6 +281,7 @@ class Engine {
   void choose(const Run &run, const Conv &c, int op) const;
   void stage(const Run &run, const Conv &c) const;
   void tiles(const Run &run, const Conv &c) const;
+  void make_weights(const Run &run, const Conv &c, int row, int rows, const float **to) const;
   void finish(const Run &run, const Conv &c) const;
   void pool(const Run &run, const PoolOp &p, int op) const;
   void mean(const Run &run, const MeanOp &m, int op) const;
@@ -309,7 +311,7 @@ class Engine {
   std::vector<SqueezeExcite> ses_;
   std::vector<Linear> linears_;
   int input_ = -1, classes_ = 0;
-  size_t staging_ = 0, picked_ = 0;
+  size_t staging_ = 0, picked_ = 0, wide_ = 0;
   int widest_ = 1, most_steps_ = 1, most_groups_ = 1, longest_ = kRound;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Workspace>> idle_;

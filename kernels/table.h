@@ -27,11 +27,13 @@ struct Half {
 
 // out[r][i] = act(scale[r] * sum_s w[r][woff[s]] * x[i + xoff[s]] + shift[r] + res[r][i]) & mask[i]
 //
-// In a product of pairs, x and w point to words in place of floats, and a step is a pair of input channels at a tap.
+// In a product of pairs, x points to words in place of floats, and a step is a pair of input channels at a tap. So does
+// w where PairTable::words; otherwise the weights of a pair are floats, w[r][woff[s]] and w[r][woff[s] + upper].
 struct Tile {
   const float *x;            // the block's first pixel in channel 0
   const int32_t *xoff;       // [steps] floats from x: channel and tap
   const int32_t *woff;       // [steps] floats from the row's start
+  int64_t upper;
   int32_t steps;
   const float *const *w;     // [rows]
   const float *scale;        // [rows]
@@ -76,9 +78,13 @@ struct Table {
   void (*halve)(Half to, const float *from, int n);
 };
 
-// Products of pairs, accumulated in float32. Any instruction set can do them by two multiply-adds on the halves.
+// Products of pairs, accumulated in float32. Any instruction set can do them by two multiply-adds on the halves; then
+// weights are made floats first, a few rows at a time: each is read for many pixels.
 struct PairTable {
   const char *name;
+  bool words;  // the product reads weights as pairs
+  // lower[i], upper[i] = the halves of from[i] as floats, i < n; writes up to kRound floats more, of each
+  void (*widen)(float *lower, float *upper, const uint32_t *from, int n);
   TileFn tile[kModes][kMaxRows + 1][kMaxVecs + 1];
 };
 

@@ -123,11 +123,13 @@ inline __attribute__((always_inline)) void store_half(uint32_t *to, vf v, uint32
 
 enum Kind { kFloats, kPairs };
 
-// in: V vectors of pixels (floats, or words of pairs), w: R weights likewise.
+// One step, of V vectors of pixels and R weights.
 template <int R, int V, int KIND>
-inline __attribute__((always_inline)) void product(vf (&acc)[R][V], const float *xs, const float *const (&w)[R], int64_t at) {
+inline __attribute__((always_inline)) void product(vf (&acc)[R][V], const float *xs, const float *const (&w)[R], int64_t at,
+                                                   int64_t upper) {
 #ifdef AFDS_DOT
   static_assert(KIND == kPairs, "");
+  (void)upper;
   vf in[V];
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v) in[v] = load(xs + v * L);
@@ -141,17 +143,18 @@ inline __attribute__((always_inline)) void product(vf (&acc)[R][V], const float 
   constexpr int kHalves = KIND == kPairs ? 2 : 1;
 #pragma GCC unroll 2
   for (int half = 0; half < kHalves; ++half) {
-    auto part = [&](vf x) __attribute__((always_inline)) {
-      if (KIND == kFloats) return x;
-      const vu b = reinterpret_cast<vu>(x);
-      return reinterpret_cast<vf>(half ? b & 0xffff0000u : b << 16);
-    };
     vf in[V];
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) in[v] = part(load(xs + v * L));
+    for (int v = 0; v < V; ++v) {
+      in[v] = load(xs + v * L);
+      if (KIND == kPairs) {
+        const vu b = reinterpret_cast<vu>(in[v]);
+        in[v] = reinterpret_cast<vf>(half ? b & 0xffff0000u : b << 16);
+      }
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const vf b = part(set1(w[r][at]));
+      const vf b = set1(w[r][half ? at + upper : at]);
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) acc[r][v] += b * in[v];
     }
@@ -189,7 +192,7 @@ void tile(const Tile &a) {
 #pragma GCC unroll 16
       for (int v = 0; v < V; v += 16 / L) __builtin_prefetch(ahead + v * L);
     }
-    product<R, V, KIND>(acc, xs, w, at);
+    product<R, V, KIND>(acc, xs, w, at, a.upper);
   }
   const int act = a.act;
   const uint32_t *mask = a.mask + a.at;
@@ -255,6 +258,14 @@ constexpr TileFn entry() {
 }
 
 #ifndef AFDS_DOT
+
+void widen(float *lower, float *upper, const uint32_t *from, int n) {
+  for (int i = 0; i < n; i += L) {
+    const vu b = *reinterpret_cast<const vuu *>(from + i);
+    store(lower + i, reinterpret_cast<vf>(b << 16));
+    store(upper + i, reinterpret_cast<vf>(b & 0xffff0000u));
+  }
+}
 
 // T: float, or uint16_t for bf16.
 template <typename T>
@@ -427,9 +438,10 @@ void halve(Half to, const float *from, int n) {
   }
 #define AFDS_MODES(K) {AFDS_ROWS(0, K), AFDS_ROWS(1, K), AFDS_ROWS(2, K), AFDS_ROWS(3, K)}
 
-extern const PairTable AFDS_PAIRS = {AFDS_NAME, AFDS_MODES(kPairs)};
-
-#ifndef AFDS_DOT
+#ifdef AFDS_DOT
+extern const PairTable AFDS_PAIRS = {AFDS_NAME, true, nullptr, AFDS_MODES(kPairs)};
+#else
+extern const PairTable AFDS_PAIRS = {AFDS_NAME, false, widen, AFDS_MODES(kPairs)};
 extern const Table AFDS_TABLE = {AFDS_NAME,  L,          AFDS_ACCUMULATORS, AFDS_MODES(kFloats),
                                  axpy<float>, axpy<uint16_t>, count_ge, score, stage, max3,
                                  stride_max, stride_add, eltwise,           activate, halve};

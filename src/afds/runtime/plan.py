@@ -23,8 +23,8 @@ from afds.errors import RunFolderError
 FORMAT = 3
 ACTS = ("none", "relu", "relu6", "silu", "hardswish", "sigmoid", "hardsigmoid")  # as in kernels/table.h
 TENSORS = {  # fields of an op that name a tensor
-    "conv": ("weight", "halves", "factor", "bias", "beta", "predictor_weight", "predictor_bias", "predictor_reduce", "predictor_scale",
-             "constant", "importance", "sign"),
+    "conv": ("weight", "halves", "factor", "bias", "beta", "predictor_weight", "predictor_bias", "predictor_reduce",
+             "predictor_scale", "constant", "importance", "sign"),
     "se": ("weight1", "bias1", "weight2", "bias2"),
     "linear": ("weight", "bias"),
 }  # fmt: skip
