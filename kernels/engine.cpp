@@ -58,6 +58,9 @@ constexpr size_t kSlack = 4 * kRound;  // floats behind each array: the loops ov
 
 int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
+// An odd number of cache lines: the taps and rows of a tile, read side by side, would else meet in the same few sets.
+int odd_lines(int n) { return ((n + kRound - 1) / kRound | 1) * kRound; }
+
 void check(bool good, const std::string &what) {
   if (!good) throw std::invalid_argument("plan: " + what);
 }
@@ -443,8 +446,9 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
     for (size_t i = 0; i < lines; ++i)
       std::memcpy(kept + i * c.columns, c.halves + i * width, sizeof(uint16_t) * width);
     c.halves = kept;
-    if (!pairs_->words) wide_ = std::max(wide_, size_t(kMaxRows) * round_up(c.taps * c.columns / 2, kRound) * 2 + kRound);
-    if (x.pairing == Pairing::kFree) picked_ = std::max(picked_, size_t(kMaxRows) * c.taps * c.columns + 64);
+    const size_t most = size_t(kMaxRows) * c.taps * odd_lines(c.columns / 2) * 2;
+    if (!pairs_->words) wide_ = std::max(wide_, most + kRound);
+    if (x.pairing == Pairing::kFree) picked_ = std::max(picked_, most + 64);
   } else {
     c.weight = arena_.keep(c.weight);
   }
@@ -913,7 +917,7 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
     if (c.halves) {
       for (; inputs < x.n - first && x.list[first + inputs] < (group + 1) * per_in;) ++inputs;
       first += inputs;
-      const int before = x.by_list ? 0 : group * per_in / 2, width = x.by_list ? x.n_pairs : c.columns / 2;
+      const int before = x.by_list ? 0 : group * per_in / 2, width = tap_words(c, x);
       const int end = x.by_list ? x.n_pairs : (group + 1) * per_in - 1;
       for (; i < x.n_pairs && (x.by_list || x.pair[i] * 2 <= end); ++i) {
         const int base = (c.staged ? i : x.pair[i]) * plane_floats;
@@ -983,31 +987,37 @@ void Engine::stage(const Run &run, const Conv &c) const {
   }
 }
 
+bool Engine::makes_weights(const Active &x) const { return x.by_list || !pairs_->words; }
+
+// Pairs of weights from one tap to the next.
+int Engine::tap_words(const Conv &c, const Active &x) const {
+  return makes_weights(x) ? odd_lines(x.by_list ? x.n_pairs : c.columns / 2) : c.columns / 2;
+}
+
 // The weights of a few rows, from `row` on, as the product reads them: those of the active inputs picked where pairs go
 // by the list, and as floats where the product wants these.
 void Engine::make_weights(const Run &run, const Conv &c, int row, int rows, const float **to) const {
   Workspace &ws = run.ws;
   const Active &x = ws.active[c.x];
   Workspace::Pointers &own = ws.pointers[run.t];
-  const int words = c.taps * (x.by_list ? x.n_pairs : c.columns / 2);
+  const int width = tap_words(c, x), upper = c.taps * width, n = x.by_list ? x.n_pairs : c.columns / 2;
   for (int r = 0; r < rows; ++r) {
     const uint16_t *from = c.halves + size_t(ws.rows[row + r]) * c.taps * c.columns;
-    if (x.by_list) {
-      uint16_t *picked = own.picked.data() + size_t(r) * words * 2, *at = picked;
-      for (int t = 0; t < c.taps; ++t, from += c.columns, at += x.n_pairs * 2) {
-        pick(at, from, c.in, ws.bits.data(), x.list.data(), x.n);
-        if (x.n % 2) at[x.n] = 0;
+    for (int t = 0; t < c.taps; ++t, from += c.columns) {
+      const size_t at = (size_t(r) * c.taps + t) * width * 2;
+      const uint16_t *pairs = from;
+      if (x.by_list) {
+        uint16_t *picked = own.picked.data() + at;
+        pick(picked, from, c.in, ws.bits.data(), x.list.data(), x.n);
+        if (x.n % 2) picked[x.n] = 0;
+        pairs = picked;
       }
-      from = picked;
+      if (pairs_->words) continue;
+      float *lower = own.wide.data() + size_t(r) * upper * 2 + t * width;
+      pairs_->widen(lower, lower + upper, reinterpret_cast<const uint32_t *>(pairs), n);
     }
-    if (pairs_->words) {
-      to[r] = reinterpret_cast<const float *>(from);
-      continue;
-    }
-    const int upper = round_up(words, kRound);
-    float *wide = own.wide.data() + size_t(r) * upper * 2;
-    pairs_->widen(wide, wide + upper, reinterpret_cast<const uint32_t *>(from), words);
-    to[r] = wide;
+    const size_t first = size_t(r) * upper * 2;
+    to[r] = pairs_->words ? reinterpret_cast<const float *>(own.picked.data() + first) : own.wide.data() + first;
   }
 }
 
@@ -1059,12 +1069,12 @@ void Engine::tiles(const Run &run, const Conv &c) const {
   }
   for (int i = 0; i < kMaxRows && ws.n_rows; ++i) ptr.w[ws.n_rows + i] = ptr.w[ws.n_rows - 1];
 
-  const bool made = c.halves && (x.by_list || !pairs_->words);  // weights are, by a few rows at a time
+  const bool made = c.halves && makes_weights(x);
   const float *own[kMaxRows];
   auto pair = [&](int i) { return y.by_list ? i / 2 : ws.rows[i] / 2; };
   Tile tile{};
   tile.mask = mask;
-  tile.upper = round_up(c.taps * (x.by_list ? x.n_pairs : c.columns / 2), kRound);
+  tile.upper = c.halves ? int64_t(c.taps) * tap_words(c, x) : 0;
   tile.act = c.act;
   const float *fetch[8];
   tile.fetch = fetch;
@@ -1089,7 +1099,7 @@ void Engine::tiles(const Run &run, const Conv &c) const {
     const bool rows_outside = weights > pixels || made;
     auto block = [&](Share r, Share v) {
       const int at = (px.begin + v.begin) * lanes, row = rows.begin + r.begin;
-      const bool weights_new = v.begin == 0 && !made;  // the first pixels of a row meet its weights in memory far away
+      const bool weights_new = v.begin == 0;  // the first pixels of a row meet its weights in memory far away
       if (weights_new)
         for (int i = 0, j = 0; i < 8; ++i, j = j + 1 < r.size() ? j + 1 : 0) fetch[i] = ptr.w[row + r.size() + j];
       tile.at = at;

@@ -281,6 +281,8 @@ class Engine {
   void choose(const Run &run, const Conv &c, int op) const;
   void stage(const Run &run, const Conv &c) const;
   void tiles(const Run &run, const Conv &c) const;
+  bool makes_weights(const Active &x) const;  // a few rows at a time, for each image
+  int tap_words(const Conv &c, const Active &x) const;
   void make_weights(const Run &run, const Conv &c, int row, int rows, const float **to) const;
   void finish(const Run &run, const Conv &c) const;
   void pool(const Run &run, const PoolOp &p, int op) const;

@@ -143,6 +143,7 @@ inline __attribute__((always_inline)) void product(vf (&acc)[R][V], const float 
   constexpr int kHalves = KIND == kPairs ? 2 : 1;
 #pragma GCC unroll 2
   for (int half = 0; half < kHalves; ++half) {
+    if (KIND == kPairs) asm("" : "+r"(xs));  // words are read again: kept, they would cost sums their registers
     vf in[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
