@@ -28,7 +28,7 @@ from afds.graph import residual_blocks, stage_ends, unit_roles
 from afds.hardware import stamp
 from afds.selection import select, selective_units
 from afds.sources import load_source
-from afds.training import Task
+from afds.task import Task
 from afds.transfer import AttentiveTransfer, BlockHints, LogitDistillation, Regulariser
 
 

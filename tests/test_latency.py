@@ -38,7 +38,7 @@ def test_fewer_channels_take_less_time_and_the_search_finds_them(network: nn.Mod
     watch = Stopwatch([IMAGES], 5, LatencyConfig())
     full = watch(network)
     before = densities(network)
-    ratio = ratio_for(network, uniform(network), full / 2, watch, [IMAGES])
+    ratio = ratio_for(network, uniform(network), set_density, full / 2, watch, [IMAGES])
     assert 1.2 < ratio < 20
     assert densities(network) != before
     t = solve_latency(network, uniform(network), full / 2, watch)
@@ -62,10 +62,10 @@ def test_stopwatch_leaves_the_network_and_torch_as_they_were(network: nn.Module,
 def test_what_cannot_be_had_is_refused(network: nn.Module) -> None:
     watch = Stopwatch([IMAGES], 5, LatencyConfig(calls=5))
     with pytest.raises(BudgetError, match="one channel in every layer"):
-        ratio_for(network, uniform(network), 1e-6, watch, [IMAGES])
+        ratio_for(network, uniform(network), set_density, 1e-6, watch, [IMAGES])
     set_density(network, dict.fromkeys(gates(network), 1.0))
     with pytest.raises(BudgetError, match="--budget 1x"):
-        ratio_for(network, uniform(network), 1e6, watch, [IMAGES])
+        ratio_for(network, uniform(network), set_density, 1e6, watch, [IMAGES])
 
 
 def test_bad_options_are_refused() -> None:

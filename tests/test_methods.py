@@ -129,23 +129,24 @@ def test_gradual_pruning_resumes_bit_for_bit(room: Path, tmp_path: Path, monkeyp
 
 
 def test_momentum_goes_with_the_channels(room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from afds.training import _State
+    from afds.state import State
 
-    seen: list[tuple[dict[str, torch.Tensor], _State]] = []
-    cut = _State.cut
+    seen: list[tuple[dict[str, torch.Tensor], State]] = []
+    cut = State.cut
 
-    def watch(self: _State, kept: Any) -> None:
+    def watch(self: State, kept: Any) -> None:
         named = {i: n for n, i in self.names.items()}
         state = self.optimizer.state
         before = {named[id(p)]: s["momentum_buffer"].clone() for p, s in state.items() if id(p) in named}
         cut(self, kept)
         if before:
             seen.append((before, self))
-            for name, buffer in self.momentum.items():
+            for name, moments in self.moments.items():
+                buffer = moments["momentum_buffer"]
                 assert buffer.shape == self.task.get_parameter(name).shape
                 assert set(buffer.flatten().tolist()) <= set(before[name].flatten().tolist())
 
-    monkeypatch.setattr(_State, "cut", watch)
+    monkeypatch.setattr(State, "cut", watch)
     config = options(room, tmp_path / "run", "l2+l1", budget="4x", pruning=PruningConfig(stages=2, end=0.9))
     fit(config, quiet=True)
     assert len(seen) == 1  # the second stage; before the first no step was taken

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from afds.graph import convbn_units
-from afds.reconstruction import reconstruct
+from afds.reconstruction import Reconstruction
 from afds.selection import gates, select, set_density
 from networks import randomise_bn
 from runs import ARCH_ARGS, tiny_network
@@ -36,7 +36,7 @@ def settled(model: nn.Module) -> nn.Module:
 def test_nothing_went_nothing_changes() -> None:
     model = select(settled(tiny_network(selection=None, **ARCH_ARGS)))
     before = copy.deepcopy(model.state_dict())
-    reconstruct(model, copy.deepcopy(model), images())
+    Reconstruction(copy.deepcopy(model), images())(model)
     for name, value in model.state_dict().items():
         if name.endswith("conv.weight"):
             assert (value - before[name]).norm() < 0.1 * before[name].norm()
@@ -74,7 +74,7 @@ def test_exact_where_the_rest_can_say_it() -> None:
     x = torch.cat(images())
     with torch.no_grad():
         wanted, cut = reference(x), model(x)
-        left = reconstruct(model, reference, images(), ridge=1e-6)
+        left = Reconstruction(reference, images())(model, ridge=1e-6)
         refitted = model(x)
     assert (cut - wanted).abs().max() > 0.05
     # Not to the last digit: the statistics of conv1's norm are measured on these images, and a ReLU follows.
@@ -95,7 +95,7 @@ def test_nearer_to_the_reference_than_before(arch: str) -> None:
         statistics_alone = settled(copy.deepcopy(model))
         middle = (statistics_alone(x) - wanted).square().mean()
         reference_state = copy.deepcopy(reference.state_dict())
-        reconstruct(model, reference, images())
+        Reconstruction(reference, images())(model)
         after = (model(x) - wanted).square().mean()
     assert after < 0.8 * before
     assert after < middle  # more than what measuring batch norm anew gives
@@ -108,7 +108,7 @@ def test_all_dead_layers_are_left_alone() -> None:
     reference = copy.deepcopy(model)
     first = next(iter(gates(model).values()))
     first.kept.fill_(False)
-    reconstruct(model, reference, images(16))
+    Reconstruction(reference, images(16))(model)
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -116,6 +116,6 @@ def test_mode_is_restored() -> None:
     model = select(tiny_network(selection=None, **ARCH_ARGS)).train()
     reference = copy.deepcopy(model).eval()
     set_density(model, 0.5)
-    reconstruct(model, reference, images(16))
+    Reconstruction(reference, images(16))(model)
     assert model.training
     assert not reference.training

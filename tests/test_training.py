@@ -19,7 +19,7 @@ from afds.errors import BudgetError, ConfigError, DataError, RunFolderError
 from afds.fitting import fit, read_result
 from afds.schedule import MARGIN
 from afds.selection import gates
-from afds.training import Task, learning_rate, parameter_groups
+from afds.task import Task, learning_rate, parameter_groups
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}'
 
@@ -135,6 +135,40 @@ def test_afds_goes_through_a_dense_base_and_keeps_its_classifier(digits: Path, f
     assert is_run(tmp_path / "transfer/base")
     assert load_run(tmp_path / "transfer/base").selection is None
     assert load_run(tmp_path / "transfer").labels == ("five", "four", "three")
+
+
+def test_a_settled_run_is_narrow_resumes_and_keeps_no_more_than_it_computes(
+    digits: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "weights"
+    fit(options(digits, weights, method="scratch+dense", budget=""), quiet=True)
+    settled = DescentConfig(images=8, reconstruct=32, trials=3, multiple_of=2)
+
+    def config(out: Path) -> FitConfig:
+        return options(digits, out, method="afds", source=str(weights), budget="2x", descent=settled)
+
+    fit(config(tmp_path / "whole"), quiet=True)
+    assert len(lines(tmp_path / "whole", "trial")) == 3
+    (stage,) = lines(tmp_path / "whole", "stage")
+    assert stage["ratio"] >= 2
+    assert stage["unexplained"]
+    model = load_run(tmp_path / "whole").model
+    chosen = gates(model)
+    assert all(gate.k == gate.sign.numel() for gate in chosen.values())
+    assert any(gate.sign.numel() < full for gate, full in zip(chosen.values(), [8] * 20, strict=False))
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in load_run(weights).model.parameters())
+
+    def interrupt(self: object, event: dict[str, Any]) -> None:
+        if event.get("step") == 9:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting.Progress, "update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config(tmp_path / "broken"), quiet=True)
+    fit(FitConfig(resume=tmp_path / "broken"), quiet=True)
+    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
+    assert same[0] == same[1]
 
 
 def test_source_step_runs_first_with_selection(digits: Path, tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from afds.cost import measure_cost
 from afds.data import ImageDataset, Item, eval_transform, make_splits, scan
 from afds.evaluation import evaluate
 from afds.importance import by_importance, estimate, set_importance
+from afds.norms import reestimate_norms
 from afds.schedule import solve, sparing_stream, uniform
 from afds.selection import select
-from afds.training import reestimate_norms
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from afds.artifact import load_run
 from afds.evaluation import eval_batches, evaluate, first_split, spaced
 from afds.masks import observe
+from afds.norms import reestimate_norms
 from afds.selection import Gate, gates
-from afds.training import reestimate_norms
 
 
 @dataclass(frozen=True)

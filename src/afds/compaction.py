@@ -83,15 +83,20 @@ def compact(model: nn.Module, *, multiple_of: int = 1) -> nn.Module:
         SourceError: the forward cannot be read.
     """
     model = copy.deepcopy(model)
+    cut_away(model, multiple_of=multiple_of)
+    return model
+
+
+def cut_away(model: nn.Module, *, multiple_of: int = 1) -> None:
+    """`compact`, in place: its parameters are new ones afterwards."""
     channels_last = is_channels_last(model)
     couplings = find_couplings(model)
     _cut(model, couplings, couplings.index(multiple_of))
     if channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for _, unit in selective_units(model):
         if isinstance(unit.gate, Gate):
             unit.gate.forget_static_rows()
-    return model
 
 
 def kept_channels(model: nn.Module) -> dict[str, Tensor]:

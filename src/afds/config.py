@@ -31,6 +31,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "end": 0.6,
         "static_quantile": 0.05,
         "prune_quantile": 0.05,
+        "settle": False,
         "reconstruct": 0,
         "lr": 1.0,
     },
@@ -136,25 +137,34 @@ class PruningConfig:
 class DescentConfig:
     """How the density falls from 1 to what the budget asks."""
 
+    settle: bool = True
+    """Method afds: settle the winners once, on training images, before the first step; what loses is cut away, what
+    stays keeps its predicted scale (ours). False: winners are chosen for every image, the density falls by stages."""
+    allocation: Literal["uniform", "stream", "importance", "refit"] = "refit"
+    """`uniform`: one density for all layers (the paper). `stream`: what writes the residual stream keeps more, the
+    layers inside of blocks less (ours). `importance`: the last channel kept in each layer is worth
+    about the same per MAC (ours). `refit`: what the refitted network is nearest to the dense one with (ours; with
+    settling, otherwise as `importance`)."""
+    trials: int = 12
+    """With `refit`: how many ways of sharing out the densities are tried."""
+    multiple_of: int = 8
+    """Settling keeps a multiple of so many channels in layers that have eight times as many: runtimes compute in such
+    blocks."""
     start: float = 0.05
-    """Share of the epochs at d = 1."""
+    """Without settling: share of the epochs at d = 1."""
     end: float = 0.5
-    """Share of the epochs after which the density no longer falls."""
+    """Without settling: share of the epochs after which the density no longer falls."""
     stages: int = 12
-    """Number of steps of the fall; after each, s, gamma and m are updated on training images."""
+    """Without settling: number of steps of the fall; after each, s, gamma and m are updated on training images."""
     static_quantile: float = 0.0
     """Per stage, this share of a layer's still dynamic channels, those whose saliency varies least, turns static."""
     prune_quantile: float = 0.0
     """Per stage, this share of a layer's kept channels, those of the smallest mean pi, is pruned for good."""
-    allocation: Literal["uniform", "stream", "importance"] = "importance"
-    """`uniform`: one density for all layers (the paper). `stream`: what writes the residual stream keeps more, the
-    layers inside of blocks less (ours). `importance`: the last channel kept in each layer is worth
-    about the same per MAC (ours)."""
     floor: float = 0.4
     """With `importance`: no layer falls below this share of the uniform density."""
-    reconstruct: int = 0
+    reconstruct: int = 1536
     """Training images on which the convolutions are refitted by least squares to the fine-tuned dense network's,
-    after each stage of the fall (ours, method afds; 768 is a good number; fewer where memory is short). 0: not."""
+    after settling or after each stage of the fall (ours, method afds; fewer where memory is short). 0: not."""
     ridge: float = 0.1
     """How strongly that refit holds the weights where they were, as a share of its inputs' power."""
     lr: float = 1.0
@@ -168,6 +178,8 @@ class DescentConfig:
     def __post_init__(self) -> None:
         _require(0 <= self.start < self.end <= 1, "descent.start and descent.end", (self.start, self.end),
                  "0 <= start < end <= 1")  # fmt: skip
+        _require(1 <= self.multiple_of <= 64, "descent.multiple-of", self.multiple_of, "from 1 to 64")
+        _require(self.trials >= 0, "descent.trials", self.trials, "0 or more")
         _require(self.stages >= 1, "descent.stages", self.stages, "1 or more")
         _require(
             0 <= self.static_quantile < 1,
@@ -186,12 +198,14 @@ class DescentConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How weights are learned: SGD with momentum."""
+    """How weights are learned."""
 
     epochs: int = 0
     """Passes over the training images. 0: chosen by their number (about 60,000 images seen, 12 to 60 passes)."""
     batch_size: int = 32
     """Images a step, per device."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """`sgd`: with Nesterov momentum. `adamw`: wants about a twentieth of the rate."""
     lr: float = 0.02
     """Peak learning rate."""
     predictor_lr: float = 1.0
@@ -199,11 +213,16 @@ class OptimConfig:
     momentum: float = 0.9
     """Momentum of SGD (Nesterov)."""
     weight_decay: float = 5e-4
-    """L2 weight decay, on weights of convolutions, predictors and the classifier."""
+    """Weight decay, on weights of convolutions, predictors and the classifier (L2; decoupled with adamw)."""
     schedule: Literal["cosine", "step"] = "cosine"
     """`cosine`: warm-up over the first 5 %, then down to 0. `step`: times 0.1 after 67 % (the paper's student)."""
     label_smoothing: float = 0.0
     """Label smoothing of the cross-entropy."""
+    mixup: float = 0.0
+    """Alpha of mixup: pairs of training images are blended by a share drawn from Beta(alpha, alpha), labels with them;
+    a teacher sees the same blend. 0: not."""
+    mixup_share: float = 1.0
+    """Share of the steps whose images are blended."""
     clip: float = 10.0
     """Largest gradient norm. 0: no clipping."""
 
@@ -220,7 +239,35 @@ class OptimConfig:
         _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "from 0 to below 1")
         _require(self.weight_decay >= 0, "optim.weight-decay", self.weight_decay, "0 or more")
         _require(0 <= self.label_smoothing < 1, "optim.label-smoothing", self.label_smoothing, "from 0 to below 1")
+        _require(0 <= self.mixup <= 10, "optim.mixup", self.mixup, "from 0 to 10")
+        _require(0 <= self.mixup_share <= 1, "optim.mixup-share", self.mixup_share, "from 0 to 1")
         _require(self.clip >= 0, "optim.clip", self.clip, "0 or more")
+
+
+@dataclass(frozen=True)
+class RecoveryConfig:
+    """How a settled network learns again (method afds, --descent.settle); these take the place of the like in --optim
+    and --distillation, which hold for the dense fine-tuning before."""
+
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    """`adamw` keeps what the refit has saved; sgd destroys much of it in its first steps."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.02
+    """Weight decay."""
+    mixup: float = 1.0
+    """Alpha of mixup: the dense network says of blends what it does not say of images that it knows by heart."""
+    mixup_share: float = 0.5
+    """Share of the steps whose images are blended."""
+    hints: float = 10.0
+    """Weight of matching the output of every residual block with the fine-tuned dense network's."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.lr < 100, "recovery.lr", self.lr, "above 0")
+        _require(self.weight_decay >= 0, "recovery.weight-decay", self.weight_decay, "0 or more")
+        _require(0 <= self.mixup <= 10, "recovery.mixup", self.mixup, "from 0 to 10")
+        _require(0 <= self.mixup_share <= 1, "recovery.mixup-share", self.mixup_share, "from 0 to 1")
+        _require(self.hints >= 0, "recovery.hints", self.hints, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -302,6 +349,7 @@ class FitConfig:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
     descent: DescentConfig = field(default_factory=DescentConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     latency: LatencyConfig = field(default_factory=LatencyConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
@@ -350,6 +398,15 @@ def resolve_method(config: FitConfig) -> FitConfig:
         parts = {part: dataclasses.replace(getattr(config, part), **values) for part, values in PAPER.items()}
         config = dataclasses.replace(config, **parts)
     return config
+
+
+def recovering(config: FitConfig) -> FitConfig:
+    """The options with those of `recovery` in their places."""
+    r = config.recovery
+    optim = dataclasses.replace(config.optim, optimizer=r.optimizer, lr=r.lr, weight_decay=r.weight_decay,
+                                mixup=r.mixup, mixup_share=r.mixup_share)  # fmt: skip
+    return dataclasses.replace(config, optim=optim, distillation=dataclasses.replace(config.distillation,
+                                                                                     hints=r.hints))  # fmt: skip
 
 
 def to_json(config: Any) -> Any:

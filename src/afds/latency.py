@@ -27,7 +27,8 @@ from afds.config import LatencyConfig
 from afds.cost import CostMeter, has_selection
 from afds.errors import BudgetError, ConfigError
 from afds.runtimes import OPENERS, check_runtime
-from afds.schedule import Allocation, search
+from afds.schedule import Allocation, Place, search
+from afds.selection import set_density
 
 WARM_UP = 3  # calls before the first that counts
 GROUPS = 5
@@ -82,7 +83,9 @@ class Stopwatch:
         return f"{c.runtime}, {c.threads} thread{'s' if c.threads > 1 else ''}, one image a call"
 
 
-def solve_latency(network: nn.Module, allocation: Allocation, ms: float, watch: Stopwatch) -> float:
+def solve_latency(
+    network: nn.Module, allocation: Allocation, ms: float, watch: Stopwatch, *, place: Place = set_density
+) -> float:
     """Set the largest densities along ``allocation`` at which an image takes at most ``AIM * ms``.
 
     Returns:
@@ -96,18 +99,18 @@ def solve_latency(network: nn.Module, allocation: Allocation, ms: float, watch: 
                 f"{watch(network):.3g} ms here ({watch.describe()}). Ask for less, take smaller images or a smaller "
                 "network.")  # fmt: skip
 
-    return search(network, allocation, lambda: watch(network) <= AIM * ms, unreachable, steps=STEPS)
+    return search(network, allocation, lambda: watch(network) <= AIM * ms, unreachable, steps=STEPS, place=place)
 
 
 def ratio_for(
-    network: nn.Module, allocation: Allocation, ms: float, watch: Stopwatch, probe: Sequence[Tensor]
+    network: nn.Module, allocation: Allocation, place: Place, ms: float, watch: Stopwatch, probe: Sequence[Tensor]
 ) -> float:
-    """The ratio of MACs that ``ms`` comes to on this machine, along ``allocation``; densities are left where found.
+    """The ratio of MACs that ``ms`` comes to on this machine, along ``allocation``; the model stays there.
 
     Raises:
         BudgetError: out of reach; or the network with all its channels is within the budget.
     """
-    t = solve_latency(network, allocation, ms, watch)
+    t = solve_latency(network, allocation, ms, watch, place=place)
     if t >= 1:
         raise BudgetError(f"The budget {ms:.4g}ms leaves nothing to do: with all channels this network takes less "
                           f"here ({watch.describe()}). Use --budget 1x, or ask for fewer milliseconds.")  # fmt: skip

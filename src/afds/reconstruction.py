@@ -19,7 +19,7 @@ so that it makes up for what the other branch has lost. Why: one pass of it give
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,52 +30,68 @@ from torch import Tensor, fx, nn
 from afds.graph import ADDS, tensor_inputs, trace
 from afds.selection import SelectiveConvBN
 
-ROWS = 12_000  # of X, per layer: positions of all images together
+ROWS = 24_000  # of X, per layer: positions of all images together (with half of it the KL is 1.09, not 1.00)
 MEMORY = 3 * 2**30  # bytes of feature maps that are kept at a time
 
 
-@torch.no_grad()
-def reconstruct(
-    network: nn.Module, reference: nn.Module, batches: Sequence[Tensor], *, ridge: float = 0.1
-) -> dict[str, tuple[float, float]]:
-    """Refit every ungrouped convolution of ``network`` to what ``reference`` computes.
+class Reconstruction:
+    """What a reference computes on some images, read once, and networks refitted to it as often as asked."""
 
-    Args:
-        network: with selection, at its new densities. Its convolutions and batch norm statistics are changed.
-        reference: the same network with selection, at d = 1.
-        batches: images (B, 3, H, W); fewer are used where their feature maps would take over `MEMORY`.
-        ridge: how strongly the weights are held where they were, as a share of the inputs' mean power.
-    Returns:
-        Per unit, the share of its aim's variance left unexplained before and after.
-    """
-    modes = network.training, reference.training
-    network.eval()
-    reference.eval()
-    graph = trace(network)
-    batches = _what_fits(graph, batches)
-    aims = _aims(graph)
-    seen = _Positions(sum(len(x_BCHW) for x_BCHW in batches))
-    wanted = _read(trace(reference), {aim.name: unit for unit, aim in aims.items()}, batches, seen)
-    walks = [_Walk(graph, x_BCHW) for x_BCHW in batches]
-    left: dict[str, tuple[float, float]] = {}
-    for node in graph.graph.nodes:
-        unit = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(unit, SelectiveConvBN):
-            name = str(node.target)
-            inputs = [walk.env[tensor_inputs(node)[0]] for walk in walks]
-            if unit.conv.groups > 1:
-                _measure_norm(unit, inputs)
-            else:
-                targets = wanted[name]
-                if aims[name] is not node:  # a residual sum: what the other branch gives is not this unit's to give
-                    targets = [t - seen.sample(walk.env[_other(aims[name], walk.env)], name)
-                               for t, walk in zip(targets, walks, strict=True)]  # fmt: skip
-                left[name] = _refit(unit, inputs, targets, seen.at[name], ridge)
-        for walk in walks:
-            walk.step(node)
-    network.train(modes[0])
-    reference.train(modes[1])
-    return left
+    @torch.no_grad()
+    def __init__(self, reference: nn.Module, batches: Sequence[Tensor], *, rows: int = ROWS) -> None:
+        """
+        Args:
+            reference: a network with selection, at d = 1.
+            batches: images (B, 3, H, W); fewer are used where their feature maps would take over `MEMORY`.
+            rows: positions, of all images together, on which each layer is fitted.
+        """
+        was_training = reference.training
+        reference.eval()
+        graph = trace(reference)
+        self.batches = _what_fits(graph, batches)
+        self._seen = _Positions(max(1, rows // sum(len(x_BCHW) for x_BCHW in self.batches)))
+        aims = {aim.name: unit for unit, aim in _aims(graph).items()}
+        self._wanted = _read(graph, aims, self.batches, self._seen)
+        reference.train(was_training)
+
+    @torch.no_grad()
+    def __call__(
+        self, network: nn.Module, *, ridge: float = 0.1, channels: Mapping[str, Tensor] | None = None
+    ) -> dict[str, tuple[float, float]]:
+        """Refit every ungrouped convolution of ``network`` to what the reference computes.
+
+        Args:
+            network: the reference with channels taken away: at lower densities, or cut. Its convolutions and batch
+                norm statistics are changed.
+            ridge: how strongly the weights are held where they were, as a share of the inputs' mean power.
+            channels: of a cut network, the reference's channels that each unit still has.
+        Returns:
+            Per unit, the share of its aim's variance left unexplained before and after.
+        """
+        was_training = network.training
+        network.eval()
+        graph = trace(network)
+        aims = _aims(graph)
+        walks = [_Walk(graph, x_BCHW) for x_BCHW in self.batches]
+        left: dict[str, tuple[float, float]] = {}
+        for node in graph.graph.nodes:
+            unit = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(unit, SelectiveConvBN):
+                name = str(node.target)
+                inputs = [walk.env[tensor_inputs(node)[0]] for walk in walks]
+                if unit.conv.groups > 1:
+                    _measure_norm(unit, inputs)
+                else:
+                    here = channels[name] if channels is not None else slice(None)
+                    targets = [t[:, here].float() for t in self._wanted[name]]
+                    if aims[name] is not node:  # a residual sum: what the other branch gives is not this unit's to give
+                        targets = [t - self._seen.sample(walk.env[_other(aims[name], walk.env)], name)
+                                   for t, walk in zip(targets, walks, strict=True)]  # fmt: skip
+                    left[name] = _refit(unit, inputs, targets, self._seen.at[name], ridge)
+            for walk in walks:
+                walk.step(node)
+        network.train(was_training)
+        return left
 
 
 class _Walk:
@@ -143,7 +159,7 @@ def _other(total: fx.Node, env: dict[fx.Node, Any]) -> fx.Node:
 class _Positions:
     """Where each unit's maps are looked at: the same places in both networks and in all images."""
 
-    images: int
+    each: int  # of one image
 
     def __post_init__(self) -> None:
         self.at: dict[str, Tensor] = {}
@@ -153,7 +169,7 @@ class _Positions:
         """(B P, C) of the P places."""
         area = y_BCHW.shape[2] * y_BCHW.shape[3]
         if unit not in self.at:
-            places = torch.randperm(area, generator=self._generator)[: max(1, ROWS // self.images)]
+            places = torch.randperm(area, generator=self._generator)[: self.each]
             self.at[unit] = places.to(y_BCHW.device)
         return y_BCHW.flatten(2)[:, :, self.at[unit]].transpose(1, 2).reshape(-1, y_BCHW.shape[1])
 
@@ -161,7 +177,7 @@ class _Positions:
 def _read(
     graph: fx.GraphModule, units: dict[str, str], batches: Sequence[Tensor], seen: _Positions
 ) -> dict[str, list[Tensor]]:
-    """The reference's values at the aims, per unit and batch; read before timm goes on in place."""
+    """The reference's values at the aims, per unit and batch, in half precision, as all layers' are kept at once."""
     wanted: dict[str, list[Tensor]] = {}
     for x_BCHW in batches:
         walk = _Walk(graph, x_BCHW)
@@ -169,7 +185,7 @@ def _read(
             walk.step(node)
             if node.name in units:
                 unit = units[node.name]
-                wanted.setdefault(unit, []).append(seen.sample(walk.env[node], unit))
+                wanted.setdefault(unit, []).append(seen.sample(walk.env[node], unit).half())
     return wanted
 
 

@@ -99,6 +99,10 @@ def sparing_stream(model: nn.Module) -> Allocation:
     return lambda t: {name: max(t**exponent, 1e-4) for name, exponent in exponents.items()}
 
 
+Place = Callable[[nn.Module, dict[str, float]], None]
+"""Puts densities into a network: `set_density`, or what chooses the channels at once."""
+
+
 def solve(
     model: nn.Module,
     allocation: Allocation,
@@ -107,6 +111,7 @@ def solve(
     *,
     upper: float = 1.0,
     steps: int = 9,
+    place: Place = set_density,
 ) -> float:
     """Set the largest densities along ``allocation`` whose counted MACs are at most dense / ``ratio``.
 
@@ -114,6 +119,7 @@ def solve(
         batches: images (B, 3, H, W) on which the cost is counted.
         upper: do not look above this t: the density only falls.
         steps: halvings of the interval of log t.
+        place: how densities are put into the model.
     Returns:
         t; the model's densities are set accordingly.
     Raises:
@@ -128,7 +134,10 @@ def solve(
                 f"{cost.ratio:.4g}x cheaper ({cost.counted / 1e6:.1f} of {cost.dense / 1e6:.1f} M MACs). Ask for less, "
                 "or take a network with a smaller head.")  # fmt: skip
 
-    return search(model, allocation, lambda: meter.mean(batches).ratio >= ratio, unreachable, upper=upper, steps=steps)
+    def met() -> bool:
+        return meter.mean(batches).ratio >= ratio
+
+    return search(model, allocation, met, unreachable, upper=upper, steps=steps, place=place)
 
 
 def search(
@@ -139,6 +148,7 @@ def search(
     *,
     upper: float = 1.0,
     steps: int = 9,
+    place: Place = set_density,
 ) -> float:
     """Set the largest densities along ``allocation`` at which the budget is ``met``, by halving log t.
 
@@ -147,6 +157,7 @@ def search(
         unreachable: what to say where one channel in every layer is still too dear.
         upper: do not look above this t: the density only falls.
         steps: halvings of the interval of log t.
+        place: how densities are put into the model.
     Returns:
         t; the model's densities are set accordingly.
     Raises:
@@ -154,7 +165,7 @@ def search(
     """
 
     def reaches(t: float) -> bool:
-        set_density(model, allocation(t))
+        place(model, allocation(t))
         return met()
 
     if reaches(upper):
@@ -168,7 +179,7 @@ def search(
             low = middle
         else:
             high = middle
-    set_density(model, allocation(low))
+    place(model, allocation(low))
     return low
 
 
@@ -184,14 +195,22 @@ class Descent:
     warm_end: int  # first step below d = 1
     stage_steps: tuple[int, ...]  # before each of these steps one stage is taken
     ratio: float  # where it ends
+    settles: bool = False  # one stage, after which the cost no longer depends on the image
 
     def target(self, stage: int) -> float:
         """Ratio of MACs after stage 0, 1, ...: geometric, to a little below the budget (`MARGIN`)."""
+        if self.settles:
+            return self.ratio
         return (MARGIN * self.ratio) ** ((stage + 1) / len(self.stage_steps))
 
 
-def plan_descent(total_steps: int, config: DescentConfig, ratio: float) -> Descent:
-    """Spread the stages evenly over the steps between ``config.start`` and ``config.end`` of the training."""
+def plan_descent(total_steps: int, config: DescentConfig, ratio: float, *, settles: bool = False) -> Descent:
+    """Spread the stages evenly over the steps between ``config.start`` and ``config.end`` of the training.
+
+    settles: one stage before the first step.
+    """
+    if settles:
+        return Descent(0, (0,), ratio, settles=True)
     first, last = round(config.start * total_steps), round(config.end * total_steps)
     stages = max(1, min(config.stages, last - first))
     steps = tuple(first + (last - first) * i // stages for i in range(stages))

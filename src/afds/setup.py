@@ -15,12 +15,13 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from afds import balance
 from afds.artifact import is_run, load_run
 from afds.compression.lowres import input_size_for, macs_at
 from afds.compression.pruning import Pruning, check_reachable, plan_pruning
 from afds.compression.slimming import Sparsity
 from afds.compression.small import require_small, too_dear
-from afds.config import PRUNED, FitConfig, parse_method, to_json
+from afds.config import PRUNED, FitConfig, parse_method, recovering, to_json
 from afds.cost import has_selection, measure_cost
 from afds.data import (
     Augment,
@@ -37,10 +38,12 @@ from afds.errors import BudgetError, ConfigError
 from afds.graph import convbn_units, residual_blocks, stage_ends, unit_roles
 from afds.hardware import stamp
 from afds.latency import Stopwatch, ratio_for
-from afds.schedule import parse_budget, plan_descent, solve, sparing_stream, uniform
+from afds.schedule import Allocation, Place, parse_budget, plan_descent, solve, sparing_stream, uniform
 from afds.selection import SelectionConfig, gates, select, selective_units, set_density
+from afds.settling import choose, tied_units
 from afds.sources import check_supported, load_source
-from afds.training import Plan, Task
+from afds.state import Plan
+from afds.task import Task
 from afds.transfer import (
     AttentiveTransfer,
     BlockHints,
@@ -109,9 +112,12 @@ class Setup:
         if selects:  # a hopeless budget: now, not after hours
             solve(network, uniform(network), self.ratio, probe[:1], steps=0)
             set_density(network, 1.0)
-        refits = selects and self.is_base and config.method == "afds" and config.descent.reconstruct > 0
+        best = selects and self.is_base and config.method == "afds"
+        settles, refits = best and config.descent.settle, best and config.descent.reconstruct > 0
+        if settles:
+            config = recovering(config)
         reference = copy.deepcopy(network).requires_grad_(False) if refits else None
-        terms, teacher = self._transfer(transfer, dense_network, size)
+        terms, teacher = self._transfer(config, transfer, dense_network, size)
         if compression == "slimming" and self.ratio == 1 and config.pruning.sparsity > 0:
             terms.append(Sparsity(config.pruning.sparsity))
         task = Task(network, terms, config, self._heads(network))
@@ -131,8 +137,8 @@ class Setup:
             num_classes=len(splits.classes), epochs=epochs,
             steps_per_epoch=len(loader) // fabric.world_size, teacher=teacher,
             teaches_logits=self.is_base or transfer == "kd",
-            descent=plan_descent(total_steps, config.descent, self.ratio) if selects else None,
-            reference=reference,
+            descent=plan_descent(total_steps, config.descent, self.ratio, settles=settles) if selects else None,
+            reference=reference, held=tuple(self._images(splits.val, 4 * config.descent.images)) if settles else (),
             refit_on=tuple(self._images(splits.train, config.descent.reconstruct)) if refits else (),
             pruning=self._pruning(compression, size, total_steps), reference_macs=self.reference_macs,
             ms=budget.ms, stopwatch=self.stopwatch,
@@ -141,15 +147,28 @@ class Setup:
     def _time(self, ms: float, stopwatch: Stopwatch, probe: Sequence[Tensor]) -> FitConfig:
         """What the milliseconds come to in MACs, unless the record says so already; into `config` and `ratio`."""
         if not self.ratio:
-            allocation = sparing_stream if self.config.descent.allocation == "stream" else uniform
-            found = 0.0
+            network, found = self.network, 0.0
             if self.fabric.is_global_zero:  # the others would only disturb the measurement
-                found = ratio_for(self.network, allocation(self.network), ms, stopwatch, probe)
-                set_density(self.network, 1.0)
+                kept = {name: gate.kept.clone() for name, gate in gates(network).items()}
+                found = ratio_for(network, *self._widths_to_time(network), ms, stopwatch, probe)
+                set_density(network, 1.0)
+                for name, gate in gates(network).items():
+                    gate.kept.copy_(kept[name])
             self.ratio = float(self.fabric.broadcast(found))
             latency = dataclasses.replace(self.config.latency, ratio=self.ratio)
             self.config = dataclasses.replace(self.config, latency=latency)
         return self.config
+
+    def _widths_to_time(self, network: nn.Module) -> tuple[Allocation, Place]:
+        """How densities fall while a stopwatch looks, and how they are put in: which channels win is of no matter."""
+        if self.config.method == "afds" and self.config.descent.settle:
+            tied = tied_units(network)
+            layers = balance.layers_of(network, tied)
+            rule = balance.start(1 + max(stage for stage, _ in layers.values()))
+            alike = {name: torch.ones(gate.sign.numel()) for name, gate in gates(network).items()}
+            eights = self.config.descent.multiple_of
+            return balance.allocation(rule, layers), lambda m, d: choose(m, d, alike, tied, multiple_of=eights)
+        return (sparing_stream if self.config.descent.allocation == "stream" else uniform)(network), set_density
 
     def _cheaper(self, whole: nn.Module, compression: str, transfer: str) -> nn.Module:
         """The network that is trained in place of ``whole``: smaller, on smaller images, or both."""
@@ -185,10 +204,10 @@ class Setup:
         return plan
 
     def _transfer(
-        self, transfer: str, dense_network: nn.Module, size: int
+        self, config: FitConfig, transfer: str, dense_network: nn.Module, size: int
     ) -> tuple[list[Regulariser], FrozenNetwork | None]:
         """The regularisers of a transfer, and the frozen network that they compare with."""
-        c, network, device = self.config, self.network, self.fabric.device
+        c, network, device = config, self.network, self.fabric.device
         if transfer == "l2-sp":
             heads = self._heads(network)
             start = {n: p.detach().clone() for n, p in self._anchor(network).named_parameters()

@@ -31,6 +31,7 @@ from afds.config import (
     HardwareConfig,
     OptimConfig,
     PruningConfig,
+    RecoveryConfig,
     TransferConfig,
     parse_method,
     to_json,
@@ -95,6 +96,7 @@ class CompareConfig:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
     descent: DescentConfig = field(default_factory=DescentConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:
@@ -161,7 +163,8 @@ def common(c: CompareConfig, data: Path) -> FitConfig:
     return FitConfig(
         data=data, source=c.source, small_source=c.small_source, arch_args=c.arch_args, base_epochs=c.base_epochs,
         data_options=c.data_options, optim=dataclasses.replace(c.optim, epochs=c.epochs), distillation=c.distillation,
-        transfer=c.transfer, selection=c.selection, pruning=c.pruning, descent=c.descent, hardware=c.hardware,
+        transfer=c.transfer, selection=c.selection, pruning=c.pruning, descent=c.descent, recovery=c.recovery,
+        hardware=c.hardware,
     )  # fmt: skip
 
 
@@ -230,7 +233,10 @@ def candidate_config(config: FitConfig, row: Row, candidate: int) -> FitConfig:
     rate, weight = CANDIDATES[candidate]
     option = WEIGHT_OF[parse_method(row.method)[0]]
     group, _, name = option.partition(".")
-    tuned = {"optim.lr": config.optim.lr * rate, option: getattr(getattr(config, group), name) * weight}
+    settles = row.method == "afds" and config.descent.settle and config.budget != "1x"
+    lr = "recovery.lr" if settles else "optim.lr"
+    tuned = {lr: (config.recovery.lr if settles else config.optim.lr) * rate,
+             option: getattr(getattr(config, group), name) * weight}  # fmt: skip
     return override_all(config, tuned, row.name)
 
 
@@ -260,6 +266,7 @@ def _base_config(c: CompareConfig, config: FitConfig, base: str) -> FitConfig:
     d, f = config.distillation, common(c, Path())
     return dataclasses.replace(
         config, method=base, budget="1x", small_source="", selection=f.selection, descent=f.descent,
+        recovery=f.recovery,
         optim=dataclasses.replace(config.optim, epochs=c.base_epochs),
         pruning=config.pruning if compression == "slimming" else f.pruning,
         transfer=config.transfer if transfer in ("l2-sp", "delta") else f.transfer,

@@ -69,6 +69,24 @@ class Facts:
         names = list(costs) or list(units)
         return [Layer(name, dict(_numbers(sub(costs, name))), sub(units, name)) for name in names]
 
+    @property
+    def settled(self) -> bool:
+        """Whether all channels that are left win on every image: nothing is chosen any more, only scaled."""
+        pairs = [(number(u.get("k")), number(u.get("channels"))) for u in self._gates()]
+        return bool(pairs) and all(k is not None and k == channels for k, channels in pairs)
+
+    def cut_away(self) -> float:
+        """Channels of the dense network that are gone, over all units that choose."""
+        return sum(
+            max(0.0, layer.cost.get("channels_out", 0.0) - (number(layer.unit.get("channels")) or math.inf))
+            for layer in self.layers
+            if "k" in layer.unit
+        )
+
+    def _gates(self) -> list[dict[str, Any]]:
+        units = sub(self.structure, "units")
+        return [unit for name in units if "k" in (unit := sub(units, name))]
+
     def total(self, key: str) -> float | None:
         """`dense_macs`, `counted_macs` or `ratio`, of the final line or of the structure."""
         value = number(self.final.get(key))

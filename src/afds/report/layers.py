@@ -45,8 +45,11 @@ def bar(share: float | None, predictor: float = 0.0) -> str:
 def _row(position: int, layer: Layer) -> str:
     cost = layer.cost
     density, k, channels = (number(layer.unit.get(key)) for key in ("density", "k", "channels"))
+    full = cost.get("channels_out")  # before anything was cut away
     if channels is None:
-        channels = cost.get("channels_out")
+        channels = full
+    elif k is not None and full is not None and full > channels:
+        density, channels = k / full, full
     dense, counted = cost.get("dense"), layer.counted
     share = counted / dense if dense else None
     predictor = min(max(cost.get("predictor", 0.0) / counted, 0.0), 1.0) if counted > 0 else 0.0

@@ -43,7 +43,9 @@ CHANNELS = {
     "dynamic": "chosen anew for each image",
     "static": "with a constant saliency",
     "pruned": "never used",
+    "cut": "gone for good",
 }
+SETTLED = "always computed, scaled anew for each image"
 
 
 def render(facts: Facts) -> str:
@@ -131,12 +133,16 @@ def _layers(facts: Facts) -> str:
 def _channels(facts: Facts) -> str:
     units = sub(facts.structure, "units")
     totals = {kind: sum(number(sub(units, name).get(kind)) or 0.0 for name in units) for kind in CHANNELS}
+    totals["cut"] = facts.cut_away()
+    meaning = {**CHANNELS, **({"dynamic": SETTLED} if facts.settled else {})}
     every = sum(totals.values())
     if every <= 0:
         return ""
     bars = "".join(f'<i class="{kind}" style="width:{100 * n / every:.2f}%"></i>' for kind, n in totals.items())
     keys = "".join(
-        f'<li><i class="{kind}"></i><b>{n:,.0f}</b> {kind}, {CHANNELS[kind]}</li>' for kind, n in totals.items()
+        f'<li><i class="{kind}"></i><b>{n:,.0f}</b> {kind}, {meaning[kind]}</li>'
+        for kind, n in totals.items()
+        if n or kind != "cut"
     )
     return f'<div class="stack">{bars}</div><ul class="keys">{keys}</ul>'
 

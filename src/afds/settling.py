@@ -1,0 +1,87 @@
+"""Settling: the winners are chosen once, for all images, and what loses is cut away (ours).
+
+::
+
+    at d = 1, training images      v_l[c] = E[ (sum_hw dL/dF_l[c] F_l[c])^2 ]        Taylor, importance.py
+    units that write one stream    v[c]   = sum of their v_l[c]: they keep the same channels
+    densities                      the k largest v win, m of all others is 0
+    compaction                     the losers leave the tensors: convolutions, norms, predictors' rows and columns
+
+    x --+--> conv1 --> conv2 --+--> sum        before: each unit its own winners, their union is carried along
+        '----------------------'               after:  one set, so stream, readers and writers are narrow
+
+What stays keeps its predicted saliency: pi = h(x) still scales every channel image by image, as in
+squeeze-and-excitation, at the predictor's cost. Why: in every network that we trained with a free choice two images
+shared 99 % of their winners, freezing the winners cost nothing and freezing the scales up to 4 points, and a narrow
+network trains several times faster than a masked one (docs/accuracy.md). The choice that FBS and the paper leave open
+for every image stays available (`--descent.settle False`, `afds-paper`, `fbs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from afds.compaction import cut_away, find_couplings, kept_channels
+from afds.selection import gates, set_density, winners
+
+COARSE = 8  # a layer's width must bear being rounded to an eighth of itself
+
+
+def tied_units(model: nn.Module) -> list[tuple[str, ...]]:
+    """The units of a selective network in groups whose channels keep the same places, in the order of their first.
+
+    Raises:
+        SourceError: the forward cannot be read.
+    """
+    chosen, groups = gates(model), {}  # type: ignore[var-annotated]
+    for name, number in find_couplings(model).producers().items():
+        if name in chosen:
+            groups.setdefault(number, []).append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+@torch.no_grad()
+def choose(
+    model: nn.Module,
+    density: Mapping[str, float],
+    worth: Mapping[str, Tensor],
+    tied: Sequence[tuple[str, ...]],
+    *,
+    multiple_of: int = 1,
+) -> None:
+    """Keep the channels of the largest worth, the same in tied units, and none else; nothing is cut yet.
+
+    Args:
+        density: of each unit; tied units take the geometric mean of theirs.
+        worth: (C,) of each unit, comparable between tied units.
+        multiple_of: the number kept is the nearest multiple of this, in layers of `COARSE` times as many and more.
+    """
+    chosen = gates(model)
+    for names in tied:
+        logs = torch.tensor([density[name] for name in names], dtype=torch.double).log()
+        d = min(1.0, float(logs.mean().exp()))
+        total_C = torch.stack([worth[name].double() for name in names]).sum(0)
+        k = winners(d, len(total_C))
+        if len(total_C) >= COARSE * multiple_of:
+            k = min(len(total_C), multiple_of * max(1, round(d * len(total_C) / multiple_of)))
+        best = total_C.topk(k).indices
+        for name in names:
+            gate = chosen[name]
+            gate.kept.fill_(False)
+            gate.kept[best.to(gate.kept.device)] = True
+        set_density(model, dict.fromkeys(names, k / len(total_C)))
+
+
+def settle(model: nn.Module) -> dict[str, Tensor]:
+    """Cut away, in place, what is not kept; the parameters are new ones afterwards.
+
+    Returns:
+        The channels that each unit still has, of those that it had.
+    """
+    units = set(gates(model))
+    kept = {name: index for name, index in kept_channels(model).items() if name in units}
+    cut_away(model)
+    return kept
