@@ -71,6 +71,8 @@ def accuracy_figure(facts: Facts) -> str:
     accuracy, density = _per_epoch(facts, "val_top1"), _per_epoch(facts, "density_mean")
     if not accuracy:
         return ""
+    if all(d == 1 for _, d in density):  # settled before the first step, or dense: a line that says nothing
+        density = []
 
     def draw(figure: Figure) -> None:
         two = figure.subplots(
@@ -278,9 +280,13 @@ def _finish(ax: Axes, facts: Facts, *, legend: bool = False) -> None:
         _legend(ax)
 
 
+LEGEND_LETTERS = 60  # side by side in a narrow figure, handles and gaps included; a wider legend leaves no drawing
+
+
 def _legend(ax: Axes, columns: int = 4) -> None:
     """Above the drawing, where it covers nothing."""
-    handles = ax.get_legend_handles_labels()[0]
+    handles, labels = ax.get_legend_handles_labels()
+    columns = max(1, min(columns, LEGEND_LETTERS // (5 + max(map(len, labels), default=0))))
     ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=min(len(handles), columns), handlelength=1.1,
               columnspacing=1.1, borderaxespad=0.2, handletextpad=0.5)  # fmt: skip
 

@@ -15,8 +15,8 @@ from afds.report.verdict import verdict
 WEAKEST = 8  # classes shown
 
 ACCURACY = (
-    "Accuracy on the validation images after each epoch, and the mean density of the layers. Shaded: the "
-    "epochs in which the density falls."
+    "Accuracy on the validation images after each epoch; below it, where the density falls, the mean density of the "
+    "layers, and shaded the epochs in which it does."
 )
 LOSS = "Mean training loss of each epoch; its terms as they are weighted in the sum."
 ENTROPY = (
