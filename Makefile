@@ -31,7 +31,8 @@ sanitize: $(SANITIZED)/.built
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 \
 	PYTHONPATH="$(SANITIZED):$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-	$(BIN)/python -S -m pytest -p no:cacheprovider tests/test_runtime.py tests/test_runtime_choice.py $(ARGS)
+	$(BIN)/python -S -m pytest -p no:cacheprovider tests/test_runtime.py tests/test_runtime_bf16.py \
+	  tests/test_runtime_choice.py $(ARGS)
 
 $(SANITIZED)/.built: $(STAMP) CMakeLists.txt $(wildcard kernels/* src/afds/*.py src/afds/*/*.py)
 	rm -rf $(SANITIZED)

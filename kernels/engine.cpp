@@ -31,6 +31,19 @@ Share share_lines(int floats, int t, int n) {  // whole cache lines, so that two
   return {std::min(floats, s.begin * kRound), std::min(floats, s.end * kRound)};
 }
 
+// The first boundary from `at` on that does not cut a pair in two: two threads may not write halves of one word.
+template <typename PairOf>
+int whole(Share all, int at, const PairOf &pair) {
+  while (at > all.begin && at < all.end && pair(at) == pair(at - 1)) ++at;
+  return at;
+}
+
+template <typename PairOf>
+Share share_pairs(int total, int t, int n, const PairOf &pair) {
+  const Share s = share(total, t, n);
+  return {whole({0, total}, s.begin, pair), whole({0, total}, s.end, pair)};
+}
+
 struct Steps {  // `total` in `parts` of nearly equal size, the larger ones first; no division in the loop
   int small, larger;
   Steps(int total, int parts) : small(total / parts), larger(total - total / parts * parts) {}
@@ -44,6 +57,9 @@ constexpr int kChunk = 256;  // rows of a matrix-vector product handed over at a
 constexpr size_t kSlack = 4 * kRound;  // floats behind each array: the loops over pixels read whole vectors
 
 int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+// An odd number of cache lines: the taps and rows of a tile, read side by side, would else meet in the same few sets.
+int odd_lines(int n) { return ((n + kRound - 1) / kRound | 1) * kRound; }
 
 void check(bool good, const std::string &what) {
   if (!good) throw std::invalid_argument("plan: " + what);
@@ -157,10 +173,68 @@ Floats Arena::keep(const Floats &from) {
   return Floats(to, n);
 }
 
-std::vector<std::string> usable_tables() {
+namespace {
+
+#if defined(__x86_64__) || defined(_M_X64)
+bool has_dot() { return __builtin_cpu_supports("avx512bf16"); }
+bool has_pick() { return __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt"); }
+#endif
+
+// Seconds of one middling tile, all of it in the first cache.
+double time_tile(TileFn tile) {
+  constexpr int kRows = 6, kVecs = 4, kSteps = 128, kPlane = kVecs * 16;
+  Floats x(kPlane * 8), w(kSteps), out(kPlane * kRows);
+  std::vector<uint32_t> mask(kPlane, 0);
+  std::vector<int32_t> xoff(kSteps + kAhead), woff(kSteps + kAhead);
+  for (int i = 0; i < kSteps; ++i) xoff[i] = i % 8 * kPlane, woff[i] = i;
+  const float *rows[kRows], *fetch[8] = {};
+  float *outs[kRows], factor[kRows] = {};
+  for (int r = 0; r < kRows; ++r) rows[r] = w.data(), outs[r] = out.data() + r * kPlane;
+  Tile t{};
+  t.x = x.data(), t.xoff = xoff.data(), t.woff = woff.data(), t.steps = kSteps, t.w = rows, t.scale = t.shift = factor;
+  t.out = outs, t.mask = mask.data(), t.fetch = fetch;
+  double best = 1.0;
+  for (int i = 0; i < 20; ++i) {  // the least of many: something else may run in between
+    const auto start = Clock::now();
+    tile(t);
+    best = std::min(best, std::chrono::duration<double>(Clock::now() - start).count());
+  }
+  return best;
+}
+
+const PairTable &choose_pairs(const std::string &isa, const Table &table) {
+#if defined(__x86_64__) || defined(_M_X64)
+  if (isa == kPairsDot.name) return kPairsDot;
+  if (&table == &kTableAvx512) {
+    // Some CPUs do 32 products an instruction in half the time of 16 in float32, others in four times as much.
+    if (isa == "auto" && has_dot() &&
+        time_tile(kPairsDot.tile[kPlain][6][4]) < time_tile(kPairsAvx512.tile[kPlain][6][4]))
+      return kPairsDot;
+    return kPairsAvx512;
+  }
+  if (&table == &kTableAvx2) return kPairsAvx2;
+#endif
+  (void)isa, (void)table;
+  return kPairsBase;
+}
+
+// Of from[0..n), those whose bit is set in `on`, one after the other; writes up to 31 numbers more.
+void pick(uint16_t *to, const uint16_t *from, int n, const uint32_t *on, const int32_t *list, int picked) {
+#if defined(__x86_64__) || defined(_M_X64)
+  static const bool fast = has_pick();
+  if (fast) return pick_vbmi2(to, from, n, on);
+#endif
+  (void)n, (void)on;
+  for (int i = 0; i < picked; ++i) to[i] = from[list[i]];
+}
+
+}  // namespace
+
+std::vector<std::string> usable_tables(bool bf16) {
   std::vector<std::string> names;
 #if defined(__x86_64__) || defined(_M_X64)
   __builtin_cpu_init();
+  if (bf16 && has_dot()) names.push_back(kPairsDot.name);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
     names.push_back(kTableAvx512.name);
@@ -170,12 +244,12 @@ std::vector<std::string> usable_tables() {
   return names;
 }
 
-const Table &choose_table(const std::string &isa) {
-  const auto usable = usable_tables();
-  const std::string name = isa == "auto" ? usable.front() : isa;
+const Table &choose_table(const std::string &isa, bool bf16) {
+  const auto usable = usable_tables(bf16);
+  const std::string name = isa == "auto" ? usable_tables(false).front() : isa;
   if (std::find(usable.begin(), usable.end(), name) != usable.end()) {
 #if defined(__x86_64__) || defined(_M_X64)
-    if (name == kTableAvx512.name) return kTableAvx512;
+    if (name == kTableAvx512.name || name == kPairsDot.name) return kTableAvx512;
     if (name == kTableAvx2.name) return kTableAvx2;
 #endif
     return kTableBase;
@@ -185,8 +259,11 @@ const Table &choose_table(const std::string &isa) {
   throw std::invalid_argument("this CPU cannot run the instruction set " + isa + "; it can run: " + all);
 }
 
-Engine::Engine(int threads, const std::string &isa)
-    : table_(choose_table(isa)), threads_(threads), pool_(threads) {}
+Engine::Engine(int threads, const std::string &isa, bool bf16)
+    : table_(choose_table(isa, bf16)),
+      pairs_(bf16 ? &choose_pairs(isa, table_) : nullptr),
+      threads_(threads),
+      pool_(threads) {}
 
 // ---------------------------------------------------------------- building
 
@@ -213,13 +290,23 @@ int Engine::add_buffer(const Layout &layout, int channels) {
   return static_cast<int>(buffers_.size()) - 1;
 }
 
-int Engine::add_value(int buffer, int channels, bool pooled) {
-  check(buffer >= 0 && buffer < static_cast<int>(buffers_.size()), "no buffer " + std::to_string(buffer));
-  check(channels > 0 && channels <= buffers_[buffer].channels, "a value wider than its buffer");
-  values_.push_back({buffer, channels, pooled});
-  widest_ = std::max(widest_, channels);
+int Engine::add_value(const Value &v) {
+  check(v.buffer >= 0 && v.buffer < static_cast<int>(buffers_.size()), "no buffer " + std::to_string(v.buffer));
+  Buffer &b = buffers_[v.buffer];
+  check(v.channels > 0 && v.channels <= b.channels, "a value wider than its buffer");
+  b.floats |= v.floats;
+  b.pairs |= v.pairing != Pairing::kNone;
+  values_.push_back(v);
+  widest_ = std::max(widest_, v.channels);
   return static_cast<int>(values_.size()) - 1;
 }
+
+void Engine::set_input(int value) {
+  check(values_[check_value(value)].floats, "an input that is not in float32");
+  input_ = value;
+}
+
+void Engine::check_ready() const { check(input_ >= 0 && classes_ > 0, "no input or no classifier yet"); }
 
 int Engine::channels() const { return values_[input_].channels; }
 int Engine::height() const { return layout(input_).height; }
@@ -274,10 +361,21 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
   check(out.height == side(in.height, kh, pad_h) && out.width == side(in.width, kw, pad_w), c.name + ": output size");
   c.taps = kh * kw;
   const size_t row = size_t(c.in / c.groups) * c.taps;
-  check(c.weight.size() == row * c.out && c.bias.size() == size_t(c.out), c.name + ": weights");
+  check((c.halves || c.weight.size() == row * c.out) && c.bias.size() == size_t(c.out), c.name + ": weights");
   check(row < (size_t(1) << 31), c.name + ": weights");
+  const Value &x = values_[c.x], &y = values_[c.y];
   if (c.res >= 0) {
-    check(values_[check_value(c.res)].channels == c.out && layout(c.res) == out, c.name + ": residual");
+    const Value &res = values_[check_value(c.res)];
+    check(res.channels == c.out && layout(c.res) == out, c.name + ": residual");
+    check(res.floats && y.floats && y.pairing != Pairing::kFree, c.name + ": a residual that is not in float32");
+    check(res.pairing != Pairing::kNone || y.pairing == Pairing::kNone || !untouched(c), c.name + ": residual's pairs");
+  }
+  if (c.halves) {
+    check(pairs_, c.name + ": bf16 weights in a plan of float32");
+    check(x.pairing != Pairing::kNone && c.factor.size() == size_t(c.out), c.name + ": pairs");
+    check(c.groups == 1 || (c.in / c.groups % 2 == 0 && x.pairing == Pairing::kNumbers), c.name + ": pairs of groups");
+  } else {
+    check(x.floats, c.name + ": an input that is not in float32");
   }
   c.stride = stride;
   auto floor_div = [](int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); };
@@ -340,7 +438,20 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
     for (size_t i = 0; i < c.fixed.size(); ++i)
       check(c.fixed[i] >= 0 && c.fixed[i] < c.out && (i == 0 || c.fixed[i] > c.fixed[i - 1]), c.name + ": rows");
   if (c.rows == Rows::kFollow) check(c.in == c.out, c.name + ": a depthwise unit with other channels");
-  c.weight = arena_.keep(c.weight);
+  if (c.halves) {
+    const int width = c.in / c.groups;
+    const size_t lines = size_t(c.out) * c.taps;
+    c.columns = (width + 1) / 2 * 2;
+    auto *kept = reinterpret_cast<uint16_t *>(arena_.take((lines * c.columns + 1) / 2));
+    for (size_t i = 0; i < lines; ++i)
+      std::memcpy(kept + i * c.columns, c.halves + i * width, sizeof(uint16_t) * width);
+    c.halves = kept;
+    const size_t most = size_t(kMaxRows) * c.taps * odd_lines(c.columns / 2) * 2;
+    if (!pairs_->words) wide_ = std::max(wide_, most + kRound);
+    if (x.pairing == Pairing::kFree) picked_ = std::max(picked_, most + 64);
+  } else {
+    c.weight = arena_.keep(c.weight);
+  }
   most_steps_ = std::max(most_steps_, c.in * c.taps);
   most_groups_ = std::max(most_groups_, c.groups);
   widest_ = std::max(widest_, c.out);
@@ -349,10 +460,22 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
   convs_.push_back(std::move(c));
 }
 
+// Whether channels that only the residual branch brings are what they were, in the memory where they are.
+bool Engine::untouched(const Conv &c) const {
+  const bool in_place = values_[c.res].buffer == values_[c.y].buffer;
+  return in_place && (c.act == kNone || (c.act == kRelu && c.res_nonnegative));
+}
+
+void Engine::check_floats(int x, int y, const std::string &name) const {
+  check(values_[x].floats && values_[y].floats && values_[y].pairing != Pairing::kFree,
+        name + ": a value that is not in float32");
+}
+
 void Engine::add_pool(PoolOp p) {
   check(values_[check_value(p.x)].channels == values_[check_value(p.y)].channels, p.name + ": channels");
   const Layout &in = layout(p.x), &out = layout(p.y);
   check(values_[p.x].buffer != values_[p.y].buffer, p.name + ": cannot run in place");
+  check_floats(p.x, p.y, p.name);
   check(p.kernel > 0 && p.stride > 0 && p.pad >= 0 && p.pad < p.kernel, p.name + ": geometry");
   auto fits = [&](int n_in, int n_out) {
     return n_out > 0 && (n_out - 1) * p.stride - p.pad < n_in && (n_out - 1) * p.stride - p.pad + p.kernel > 0;
@@ -367,6 +490,7 @@ void Engine::add_mean(MeanOp m) {
   check(values_[check_value(m.x)].channels == values_[check_value(m.y)].channels && values_[m.x].pooled &&
             layout(m.y).height == 1 && layout(m.y).width == 1,
         m.name + ": shapes");
+  check_floats(m.y, m.y, m.name);
   names_.push_back(m.name);
   ops_.push_back({Op::kMean, static_cast<int>(means_.size())});
   means_.push_back(std::move(m));
@@ -378,6 +502,8 @@ void Engine::add_add(AddOp a) {
   if (a.b >= 0)
     check(values_[check_value(a.b)].channels == values_[a.y].channels && layout(a.b) == layout(a.y),
           a.name + ": shapes");
+  check_floats(a.a, a.y, a.name);
+  if (a.b >= 0) check_floats(a.b, a.y, a.name);
   names_.push_back(a.name);
   ops_.push_back({Op::kAdd, static_cast<int>(adds_.size())});
   adds_.push_back(std::move(a));
@@ -386,6 +512,7 @@ void Engine::add_add(AddOp a) {
 void Engine::add_se(SqueezeExcite s) {
   check(values_[check_value(s.x)].buffer == values_[check_value(s.y)].buffer, s.name + ": runs in place");
   check(values_[s.x].channels == s.in && values_[s.y].channels == s.in && values_[s.x].pooled, s.name + ": input");
+  check_floats(s.x, s.y, s.name);
   check(s.hidden > 0 && s.weight1.size() == size_t(s.in) * s.hidden && s.bias1.size() == size_t(s.hidden) &&
             s.weight2.size() == size_t(s.in) * s.hidden && s.bias2.size() == size_t(s.in),
         s.name + ": weights");
@@ -412,14 +539,18 @@ void Engine::add_linear(Linear l) {
 std::unique_ptr<Workspace> Engine::make_workspace() const {
   auto ws = std::make_unique<Workspace>();
   for (const Buffer &b : buffers_) {
-    const size_t n = size_t(b.channels) * b.layout.plane, sums = size_t(threads_) * b.channels * kSumLanes;
+    const size_t n = b.floats ? size_t(b.channels) * b.layout.plane : 0;
+    const size_t sums = size_t(threads_) * b.channels * kSumLanes;
     ws->memory.emplace_back(ws->arena.take(n), n);
+    const size_t pairs = b.pairs ? size_t(b.channels + 1) / 2 * b.layout.plane : 0;
+    ws->words.push_back(reinterpret_cast<uint32_t *>(ws->arena.take(pairs)));
     ws->sums.emplace_back(ws->arena.take(sums), sums);
   }
   ws->active.resize(values_.size());
   for (size_t v = 0; v < values_.size(); ++v) {
     ws->active[v].list.assign(values_[v].channels + 1, 0);
     ws->active[v].on.assign(values_[v].channels, 0);
+    if (values_[v].pairing != Pairing::kNone) ws->active[v].pair.assign((values_[v].channels + 1) / 2 + 1, 0);
   }
   ws->staging = Floats(ws->arena.take(staging_), staging_);
   ws->zeros = Floats(longest_ + kSlack);
@@ -430,12 +561,16 @@ std::unique_ptr<Workspace> Engine::make_workspace() const {
   ws->woff.assign(most_steps_, 0);
   ws->group_steps.assign(most_groups_ + 1, 0);
   ws->group_rows.assign(most_groups_ + 1, 0);
+  ws->bits.assign(widest_ / 32 + 1, 0);
   ws->pointers.resize(threads_);
   for (auto &p : ws->pointers) {
     p.w.assign(widest_ + kMaxRows, nullptr);
     p.res.assign(widest_, nullptr);
     p.out.assign(widest_, nullptr);
     p.sum.assign(widest_, nullptr);
+    p.half.assign(widest_, Half{});
+    p.picked.assign(picked_, 0);
+    p.wide = Floats(wide_);
   }
   ws->macs.assign(ops_.size(), 0);
   ws->seconds.assign(ops_.size() * kParts, 0.0);
@@ -445,7 +580,10 @@ std::unique_ptr<Workspace> Engine::make_workspace() const {
 
 size_t Engine::workspace_bytes() const {
   size_t n = staging_;
-  for (const Buffer &b : buffers_) n += size_t(b.channels) * (b.layout.plane + threads_ * kSumLanes);
+  for (const Buffer &b : buffers_) {
+    n += size_t(b.channels) * ((b.floats ? b.layout.plane : 0) + threads_ * kSumLanes);
+    if (b.pairs) n += size_t(b.channels + 1) / 2 * b.layout.plane;
+  }
   return n * sizeof(float);
 }
 
@@ -541,7 +679,9 @@ void Engine::load(const Run &run, const float *x) const {
     Active &a = run.ws.active[input_];
     for (int c = 0; c < n; ++c) a.list[c] = c, a.on[c] = 1;
     a.n = n;
+    set_pairs(run.ws, input_);
   }
+  run.wait();  // which pairs there are
   const Share mine = share(l.height, run.t, run.n);
   for (int c = 0; c < n; ++c) {
     float *to = plane(run.ws, input_, c), *s = sum(run.ws, input_, c, run.t);
@@ -559,7 +699,39 @@ void Engine::load(const Run &run, const float *x) const {
         for (int j = 0; j < kSumLanes; ++j) s[j] += lanes[j];
       }
     }
+    if (values_[input_].pairing != Pairing::kNone && mine.size()) {  // with the zeros between the rows
+      Half to = half(run.ws, input_, c, c);
+      const int first = mine.begin * l.pitch;
+      to.words += first;
+      table_.halve(to, plane(run.ws, input_, c) + first, (mine.size() - 1) * l.pitch + l.width);
+    }
   }
+}
+
+Half Engine::half(Workspace &ws, int value, int i, int c) const {
+  const Active &a = ws.active[value];
+  const int place = a.by_list ? i : c, other = place ^ 1;
+  const bool alone = a.by_list ? other >= a.n : other >= values_[value].channels || !a.on[other];
+  const bool upper = place & 1;
+  return {words(ws, value, place / 2), alone ? 0u : upper ? 0xffffu : 0xffff0000u, upper ? 16 : 0};
+}
+
+// One thread, when the active channels are known.
+void Engine::set_pairs(Workspace &ws, int value) const {
+  const Value &v = values_[value];
+  if (v.pairing == Pairing::kNone) return;
+  Active &a = ws.active[value];
+  a.n_pairs = 0;
+  for (int i = 0; i < a.n; ++i) {
+    const int p = a.list[i] / 2;
+    if (a.n_pairs == 0 || a.pair[a.n_pairs - 1] != p) a.pair[a.n_pairs++] = p;
+  }
+  // By the list every word is full, but weights have to be picked for each image.
+  const int full = (a.n + 1) / 2;
+  a.by_list = v.pairing == Pairing::kFree && a.n_pairs * 8 > full * 9;
+  if (!a.by_list) return;
+  a.n_pairs = full;
+  for (int p = 0; p < full; ++p) a.pair[p] = p;
 }
 
 void Engine::pooled(const Run &run, int value, float *p) const {
@@ -585,6 +757,7 @@ void Engine::copy_active(Workspace &ws, int from, int to) const {
   b.n = a.n;
   std::copy(a.list.begin(), a.list.begin() + a.n, b.list.begin());
   std::copy(a.on.begin(), a.on.end(), b.on.begin());
+  set_pairs(ws, to);
 }
 
 namespace {
@@ -620,6 +793,7 @@ void Engine::conv(const Run &run, const Conv &c, int op) const {
   watch.lap(kSelect);
   tiles(run, c);
   watch.lap(kConvolve);
+  if (c.res >= 0 && values_[c.y].pairing != Pairing::kNone) run.wait();  // it may write the other halves of words
   finish(run, c);
   watch.lap(kRest);
 }
@@ -727,17 +901,33 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
   ws.n_rows = n;
   if (c.rows != Rows::kDynamic)
     for (int i = 0; i < n; ++i) ws.scale[i] = 1.0f, ws.shift[i] = c.bias[rows[i]];
+  if (c.halves)
+    for (int i = 0; i < n; ++i) ws.scale[i] *= c.factor[rows[i]];
 
   // Steps, sorted by channel and so by group.
   const int per_in = c.in / c.groups, per_out = c.out / c.groups;
   int32_t *xo = ws.xoff.data(), *wo = ws.woff.data();
   const int plane_floats = c.staged ? c.stage.plane * static_cast<int>(c.phases.size()) : layout(c.x).plane;
-  int s = 0, i = 0, r = 0;
+  int s = 0, i = 0, r = 0, first = 0;  // first: input of the group
   int64_t pairs = 0;
   for (int group = 0; group < c.groups; ++group) {
     ws.group_steps[group] = s;
     ws.group_rows[group] = r;
-    for (; i < x.n && x.list[i] < (group + 1) * per_in; ++i) {
+    int inputs = 0;
+    if (c.halves) {
+      for (; inputs < x.n - first && x.list[first + inputs] < (group + 1) * per_in;) ++inputs;
+      first += inputs;
+      const int before = x.by_list ? 0 : group * per_in / 2, width = tap_words(c, x);
+      const int end = x.by_list ? x.n_pairs : (group + 1) * per_in - 1;
+      for (; i < x.n_pairs && (x.by_list || x.pair[i] * 2 <= end); ++i) {
+        const int base = (c.staged ? i : x.pair[i]) * plane_floats;
+        for (int t = 0; t < c.taps; ++t, ++s) {
+          xo[s] = base + c.tap[t].offset + (c.staged ? c.tap[t].phase * c.stage.plane : 0);
+          wo[s] = t * width + x.pair[i] - before;
+        }
+      }
+    }
+    for (; !c.halves && i < x.n && x.list[i] < (group + 1) * per_in; ++i, ++inputs) {
       const int base = (c.staged ? i : x.list[i]) * plane_floats, w = (x.list[i] - group * per_in) * c.taps;
       for (int t = 0; t < c.taps; ++t, ++s) {
         xo[s] = base + c.tap[t].offset + (c.staged ? c.tap[t].phase * c.stage.plane : 0);
@@ -745,12 +935,16 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
       }
     }
     while (r < n && rows[r] < (group + 1) * per_out) ++r;
-    pairs += int64_t(s - ws.group_steps[group]) * (r - ws.group_rows[group]);
+    pairs += int64_t(inputs) * c.taps * (r - ws.group_rows[group]);
   }
   ws.group_steps[c.groups] = s;
   ws.group_rows[c.groups] = r;
   ws.macs[op] = pairs * layout(c.y).height * layout(c.y).width + extra;
   if (ws.record) ws.chosen[op].assign(rows, rows + n);
+  if (c.halves && x.by_list) {
+    std::fill(ws.bits.begin(), ws.bits.end(), 0u);
+    for (int j = 0; j < x.n; ++j) ws.bits[x.list[j] / 32] |= 1u << (x.list[j] % 32);
+  }
 
   // Active afterwards: the winners, and what the residual branch brings.
   ws.n_only = 0;
@@ -759,6 +953,7 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
     std::copy(rows, rows + n, y.list.begin());
     for (int i = 0; i < n; ++i) y.on[rows[i]] = 1;
     y.n = n;
+    set_pairs(ws, c.y);
     return;
   }
   const Active &res = ws.active[c.res];
@@ -771,22 +966,58 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
     ws.n_only += y.on[k] == 1;
   }
   for (int k = 0; k < c.out; ++k) y.on[k] = y.on[k] != 0;
+  set_pairs(ws, c.y);
 }
 
 void Engine::stage(const Run &run, const Conv &c) const {
   const Layout &l = layout(c.x), &s = c.stage;
   const Active &x = run.ws.active[c.x];
   const int phases = static_cast<int>(c.phases.size());
-  const Share mine = share(x.n * phases, run.t, run.n);
+  const Share mine = share((c.halves ? x.n_pairs : x.n) * phases, run.t, run.n);
   for (int j = mine.begin; j < mine.end; ++j) {
     const int i = j / phases, ph = c.phases[j % phases], dy = ph / c.stride, dx = ph % c.stride;
-    const float *from = plane(run.ws, c.x, x.list[i]);
+    const float *from = c.halves ? reinterpret_cast<const float *>(words(run.ws, c.x, x.pair[i]))
+                                 : plane(run.ws, c.x, x.list[i]);
     float *to = run.ws.staging.data() + size_t(j) * s.plane;
     std::fill(to, to + s.lead, 0.0f);
     const int height = std::min(s.height, (l.height - dy + c.stride - 1) / c.stride);
     const int width = std::max(0, std::min(s.width, (l.width - dx + c.stride - 1) / c.stride));
     table_.stage(to + s.lead, s.pitch, from + dy * l.pitch + dx, l.pitch * c.stride, height, width, c.stride);
     std::fill(to + s.lead + height * s.pitch, to + s.plane, 0.0f);
+  }
+}
+
+bool Engine::makes_weights(const Active &x) const { return x.by_list || !pairs_->words; }
+
+// Pairs of weights from one tap to the next.
+int Engine::tap_words(const Conv &c, const Active &x) const {
+  return makes_weights(x) ? odd_lines(x.by_list ? x.n_pairs : c.columns / 2) : c.columns / 2;
+}
+
+// The weights of a few rows, from `row` on, as the product reads them: those of the active inputs picked where pairs go
+// by the list, and as floats where the product wants these.
+void Engine::make_weights(const Run &run, const Conv &c, int row, int rows, const float **to) const {
+  Workspace &ws = run.ws;
+  const Active &x = ws.active[c.x];
+  Workspace::Pointers &own = ws.pointers[run.t];
+  const int width = tap_words(c, x), upper = c.taps * width, n = x.by_list ? x.n_pairs : c.columns / 2;
+  for (int r = 0; r < rows; ++r) {
+    const uint16_t *from = c.halves + size_t(ws.rows[row + r]) * c.taps * c.columns;
+    for (int t = 0; t < c.taps; ++t, from += c.columns) {
+      const size_t at = (size_t(r) * c.taps + t) * width * 2;
+      const uint16_t *pairs = from;
+      if (x.by_list) {
+        uint16_t *picked = own.picked.data() + at;
+        pick(picked, from, c.in, ws.bits.data(), x.list.data(), x.n);
+        if (x.n % 2) picked[x.n] = 0;
+        pairs = picked;
+      }
+      if (pairs_->words) continue;
+      float *lower = own.wide.data() + size_t(r) * upper * 2 + t * width;
+      pairs_->widen(lower, lower + upper, reinterpret_cast<const uint32_t *>(pairs), n);
+    }
+    const size_t first = size_t(r) * upper * 2;
+    to[r] = pairs_->words ? reinterpret_cast<const float *>(own.picked.data() + first) : own.wide.data() + first;
   }
 }
 
@@ -804,19 +1035,24 @@ void Engine::tiles(const Run &run, const Conv &c) const {
   const int vecs = ((out.height - 1) * out.pitch + out.width + lanes - 1) / lanes;
   Share px{0, vecs}, groups{0, c.groups};
   bool by_rows = false;
+  const bool halves = values_[c.y].pairing != Pairing::kNone, floats = values_[c.y].floats;
+  const Active &x = ws.active[c.x], &y = ws.active[c.y];
   if (run.n > 1) {
-    if (c.groups >= 2 * run.n) {
+    const bool joined = halves && c.groups > 1 && (y.by_list || c.out / c.groups % 2);  // pairs across groups
+    if (c.groups >= 2 * run.n && !joined) {
       groups = share(c.groups, run.t, run.n);
     } else {
       const int rows = std::max(1, ws.n_rows / c.groups);
       const float cut_px = best_split(table_, rows, (vecs + run.n - 1) / run.n).cost;
       const float cut_rows = best_split(table_, (rows + run.n - 1) / run.n, vecs).cost;
-      by_rows = cut_rows <= cut_px;
+      by_rows = cut_rows <= cut_px && !joined;
       if (!by_rows) px = share(vecs, run.t, run.n);
     }
   }
   if (px.size() == 0) return;
-  const float *base = c.staged ? ws.staging.data() + c.stage.lead : plane(ws, c.x, 0);
+  const float *base = c.staged   ? ws.staging.data() + c.stage.lead
+                      : c.halves ? reinterpret_cast<const float *>(words(ws, c.x, 0))
+                                 : plane(ws, c.x, 0);
   const uint32_t *mask = buffers_[values_[c.y].buffer].mask.data();
   const size_t row_floats = size_t(c.in / c.groups) * c.taps;
   const Active *res = c.res >= 0 ? &ws.active[c.res] : nullptr;
@@ -824,15 +1060,21 @@ void Engine::tiles(const Run &run, const Conv &c) const {
   Workspace::Pointers &ptr = ws.pointers[run.t];
   for (int i = 0; i < ws.n_rows; ++i) {
     const int k = ws.rows[i];
-    ptr.w[i] = c.weight.data() + size_t(k) * row_floats;
-    ptr.out[i] = plane(ws, c.y, k);
+    ptr.w[i] = c.halves ? reinterpret_cast<const float *>(c.halves + size_t(k) * c.taps * c.columns)
+                        : c.weight.data() + size_t(k) * row_floats;
+    if (floats) ptr.out[i] = plane(ws, c.y, k);
+    if (halves) ptr.half[i] = half(ws, c.y, i, k);
     if (res) ptr.res[i] = res->on[k] ? plane(ws, c.res, k) : ws.zeros.data();
     if (pool) ptr.sum[i] = sum(ws, c.y, k, run.t);
   }
   for (int i = 0; i < kMaxRows && ws.n_rows; ++i) ptr.w[ws.n_rows + i] = ptr.w[ws.n_rows - 1];
 
+  const bool made = c.halves && makes_weights(x);
+  const float *own[kMaxRows];
+  auto pair = [&](int i) { return y.by_list ? i / 2 : ws.rows[i] / 2; };
   Tile tile{};
   tile.mask = mask;
+  tile.upper = c.halves ? int64_t(c.taps) * tap_words(c, x) : 0;
   tile.act = c.act;
   const float *fetch[8];
   tile.fetch = fetch;
@@ -840,7 +1082,9 @@ void Engine::tiles(const Run &run, const Conv &c) const {
     Share rows{ws.group_rows[g], ws.group_rows[g + 1]};
     if (by_rows) {
       const Share part = share(rows.size(), run.t, run.n);
+      const Share all = rows;
       rows = {rows.begin + part.begin, rows.begin + part.end};
+      if (halves) rows = {whole(all, rows.begin, pair), whole(all, rows.end, pair)};
     }
     if (rows.size() == 0) continue;
     const int first = ws.group_steps[g];
@@ -852,7 +1096,7 @@ void Engine::tiles(const Run &run, const Conv &c) const {
     const int px_parts = (px.size() + split.vecs - 1) / split.vecs;
     // The operand that is read again and again should be the one that stays in the cache.
     const int64_t weights = int64_t(rows.size()) * tile.steps, pixels = int64_t(tile.steps) / c.taps * px.size() * lanes;
-    const bool rows_outside = weights > pixels;
+    const bool rows_outside = weights > pixels || made;
     auto block = [&](Share r, Share v) {
       const int at = (px.begin + v.begin) * lanes, row = rows.begin + r.begin;
       const bool weights_new = v.begin == 0;  // the first pixels of a row meet its weights in memory far away
@@ -860,19 +1104,23 @@ void Engine::tiles(const Run &run, const Conv &c) const {
         for (int i = 0, j = 0; i < 8; ++i, j = j + 1 < r.size() ? j + 1 : 0) fetch[i] = ptr.w[row + r.size() + j];
       tile.at = at;
       tile.x = base + at;
-      tile.w = ptr.w.data() + row;
-      tile.out = ptr.out.data() + row;
+      tile.w = made ? own : ptr.w.data() + row;
+      tile.out = floats ? ptr.out.data() + row : nullptr;
+      tile.half = halves ? ptr.half.data() + row : nullptr;
       tile.res = res ? ptr.res.data() + row : nullptr;
       tile.sum = pool ? ptr.sum.data() + row : nullptr;
       tile.scale = ws.scale.data() + row;
       tile.shift = ws.shift.data() + row;
       const int mode = c.taps == 1 ? (weights_new ? kFetchBoth : kFetchPixels) : weights_new ? kFetchWeights : kPlain;
-      table_.tile[mode][r.size()][v.size()](tile);
+      (c.halves ? pairs_->tile : table_.tile)[mode][r.size()][v.size()](tile);
     };
     const Steps row_steps(rows.size(), row_parts), px_steps(px.size(), px_parts);
     if (rows_outside) {
-      for (int i = 0; i < row_parts; ++i)
-        for (int j = 0; j < px_parts; ++j) block(row_steps[i], px_steps[j]);
+      for (int i = 0; i < row_parts; ++i) {
+        const Share r = row_steps[i];
+        if (made) make_weights(run, c, rows.begin + r.begin, r.size(), own);
+        for (int j = 0; j < px_parts; ++j) block(r, px_steps[j]);
+      }
     } else {
       for (int j = 0; j < px_parts; ++j)
         for (int i = 0; i < row_parts; ++i) block(row_steps[i], px_steps[j]);
@@ -884,19 +1132,18 @@ void Engine::tiles(const Run &run, const Conv &c) const {
 void Engine::finish(const Run &run, const Conv &c) const {
   if (c.res < 0) return;
   Workspace &ws = run.ws;
-  const bool in_place = values_[c.res].buffer == values_[c.y].buffer;
-  const bool nothing = in_place && (c.act == kNone || (c.act == kRelu && c.res_nonnegative));
-  if (nothing) return;
-  const bool pool = values_[c.y].pooled;
+  if (untouched(c)) return;
+  const bool pool = values_[c.y].pooled, halves = values_[c.y].pairing != Pairing::kNone;
   const uint32_t *mask = buffers_[values_[c.y].buffer].mask.data();
-  const Share mine = share(ws.n_only, run.t, run.n);
+  const Share mine = share_pairs(ws.n_only, run.t, run.n, [&](int i) { return ws.only[i] / 2; });
   for (int i = 0; i < ws.n_only; ++i) {
     const int k = ws.only[i];
     float *own = sum(ws, c.y, k, run.t);
     if (pool) std::fill(own, own + kSumLanes, 0.0f);
-    if (i >= mine.begin && i < mine.end)
-      table_.eltwise(plane(ws, c.y, k), plane(ws, c.res, k), 1.0f, nullptr, mask, layout(c.y).pixels, c.act,
-                     pool ? own : nullptr);
+    if (i < mine.begin || i >= mine.end) continue;
+    table_.eltwise(plane(ws, c.y, k), plane(ws, c.res, k), 1.0f, nullptr, mask, layout(c.y).pixels, c.act,
+                   pool ? own : nullptr);
+    if (halves) table_.halve(half(ws, c.y, -1, k), plane(ws, c.y, k), layout(c.y).pixels);
   }
 }
 
@@ -907,8 +1154,9 @@ void Engine::pool(const Run &run, const PoolOp &p, int op) const {
   const Active &a = ws.active[p.x];
   const Layout &in = layout(p.x), &out = layout(p.y);
   const uint32_t *mask = buffers_[values_[p.y].buffer].mask.data();
-  const bool sums = values_[p.y].pooled;
-  const Share mine = share(a.n, run.t, run.n);
+  const bool sums = values_[p.y].pooled, halves = values_[p.y].pairing != Pairing::kNone;
+  if (halves) run.wait();  // which pairs there are
+  const Share mine = share_pairs(a.n, run.t, run.n, [&](int i) { return a.list[i] / 2; });
   if (sums)
     for (int i = 0; i < a.n; ++i) {
       float *s = sum(ws, p.y, a.list[i], run.t);
@@ -958,6 +1206,7 @@ void Engine::pool(const Run &run, const PoolOp &p, int op) const {
       }
     }
     if (sums) table_.eltwise(to, to, 1.0f, nullptr, mask, out.pixels, kNone, sum(ws, p.y, a.list[i], run.t));
+    if (halves) table_.halve(half(ws, p.y, i, a.list[i]), to, out.pixels);
   }
   watch.lap(kRest);
 }
@@ -973,7 +1222,10 @@ void Engine::mean(const Run &run, const MeanOp &m, int op) const {
   if (run.t == 0) {
     pooled(run, m.x, ws.p.data());
     copy_active(ws, m.x, m.y);
-    for (int i = 0; i < a.n; ++i) *plane(ws, m.y, a.list[i]) = *sum(ws, m.y, a.list[i], 0) = ws.p[i];
+    for (int i = 0; i < a.n; ++i) {
+      *plane(ws, m.y, a.list[i]) = *sum(ws, m.y, a.list[i], 0) = ws.p[i];
+      if (values_[m.y].pairing != Pairing::kNone) table_.halve(half(ws, m.y, i, a.list[i]), plane(ws, m.y, a.list[i]), 1);
+    }
     ws.macs[op] = 0;
   }
   watch.lap(kRest);
@@ -995,7 +1247,7 @@ void Engine::add(const Run &run, const AddOp &a, int op) const {
   run.wait();
   const Layout &l = layout(a.y);
   const uint32_t *mask = buffers_[values_[a.y].buffer].mask.data();
-  const Share mine = share(ws.n_rows, run.t, run.n);
+  const Share mine = share_pairs(ws.n_rows, run.t, run.n, [&](int i) { return ws.rows[i] / 2; });
   const bool sums = values_[a.y].pooled;
   for (int i = 0; i < ws.n_rows; ++i) {
     const int k = ws.rows[i];
@@ -1013,8 +1265,20 @@ void Engine::add(const Run &run, const AddOp &a, int op) const {
     std::fill(y.on.begin(), y.on.end(), 0);
     y.n = ws.n_rows;
     for (int i = 0; i < y.n; ++i) y.list[i] = ws.rows[i], y.on[ws.rows[i]] = 1;
+    set_pairs(ws, a.y);
   }
+  halve_all(run, a.y);
   watch.lap(kRest);
+}
+
+// All active channels of a value that is there in float32, as halves of pairs.
+void Engine::halve_all(const Run &run, int value) const {
+  if (values_[value].pairing == Pairing::kNone) return;
+  run.wait();  // which pairs there are
+  const Active &a = run.ws.active[value];
+  const Share mine = share_pairs(a.n, run.t, run.n, [&](int i) { return a.list[i] / 2; });
+  for (int i = mine.begin; i < mine.end; ++i)
+    table_.halve(half(run.ws, value, i, a.list[i]), plane(run.ws, value, a.list[i]), layout(value).pixels);
 }
 
 void Engine::se(const Run &run, const SqueezeExcite &s, int op) const {
@@ -1051,6 +1315,7 @@ void Engine::se(const Run &run, const SqueezeExcite &s, int op) const {
   }
   run.wait();
   if (run.t == 0) copy_active(ws, s.x, s.y);
+  halve_all(run, s.y);
   watch.lap(kRest);
 }
 

@@ -67,12 +67,19 @@ struct Layout {
 struct Buffer {
   Layout layout;
   int channels = 0;
+  bool floats = false, pairs = false;  // what its values are kept as: float32, or bf16 in pairs of channels, or both
   std::vector<uint32_t> mask;  // [layout.pixels]
 };
+
+// How a value's channels form pairs: by their numbers, (0, 1), (2, 3), ...; or, where that would leave many halves
+// empty, by their places in the list of active channels.
+enum class Pairing { kNone, kNumbers, kFree };
 
 struct Value {
   int buffer = 0, channels = 0;
   bool pooled = false;  // its writers keep sums per channel
+  bool floats = true;   // its planes are there in float32
+  Pairing pairing = Pairing::kNone;
 };
 
 enum class Rows { kAll, kFixed, kDynamic, kFollow };
@@ -110,6 +117,11 @@ struct Conv {
   int in = 0, out = 0, groups = 1, taps = 1, act = 0;
   bool res_nonnegative = false;
   Floats weight;  // [out][in / groups * taps], batch norm folded
+  // In place of it, for a product of pairs: [out][taps][columns], columns = in / groups or one more; not folded, but
+  // multiplied by `factor` [out] as the sums are stored.
+  const uint16_t *halves = nullptr;
+  int columns = 0;
+  Floats factor;
   Floats bias;    // [out] folded, before pi
   Floats beta;    // [out] after pi
   Rows rows = Rows::kAll;
@@ -160,6 +172,9 @@ struct Active {
   std::vector<int32_t> list;
   std::vector<uint8_t> on;
   int n = 0;
+  std::vector<int32_t> pair;  // numbers of the pairs that hold an active channel, sorted
+  int n_pairs = 0;
+  bool by_list = false;       // pair i: the active channels 2 i and 2 i + 1, not the channels of these numbers
 };
 
 enum Part { kPredictor, kSelect, kPack, kConvolve, kRest, kParts };
@@ -167,13 +182,18 @@ enum Part { kPredictor, kSelect, kPack, kConvolve, kRest, kParts };
 struct Workspace {
   Arena arena;
   std::vector<Floats> memory;  // by buffer
+  std::vector<uint32_t *> words;  // by buffer: planes of pairs
   std::vector<Floats> sums;    // by buffer: [threads][channels][kSumLanes]
   std::vector<Active> active;  // by value
   Floats staging, p, r, h, q, scale, shift, zeros;
   std::vector<int32_t> keys, rows, xoff, woff, group_steps, group_rows, only;
+  std::vector<uint32_t> bits;  // active inputs of the present layer, one bit each
   struct Pointers {  // of one thread, by row
     std::vector<const float *> w, res;
     std::vector<float *> out, sum;
+    std::vector<Half> half;
+    std::vector<uint16_t> picked;  // weights of active inputs of the rows of one tile
+    Floats wide;                   // all weights of these rows as floats, for products that do not read pairs
   };
   std::vector<Pointers> pointers;
   int n_rows = 0, n_only = 0;
@@ -194,12 +214,14 @@ struct Run {  // one thread's view of one image
 
 class Engine {
  public:
-  Engine(int threads, const std::string &isa);
+  // bf16: convolutions given with `halves` are products of pairs; `auto` then takes the way that this CPU does fastest.
+  Engine(int threads, const std::string &isa, bool bf16);
 
   int add_buffer(const Layout &layout, int channels);
-  int add_value(int buffer, int channels, bool pooled);
-  void set_input(int value) { input_ = check_value(value); }
-  // Weights that are kept are copied, so that those of ops may be borrowed; all else in an op is moved.
+  int add_value(const Value &value);
+  void set_input(int value);
+  // Weights that are kept are copied, so that those of ops may be borrowed; all else in an op is moved. `halves` are
+  // [out][taps][in / groups] here.
   void add_conv(Conv conv, int kh, int kw, int stride, int pad_h, int pad_w, int dilation);
   void add_pool(PoolOp op);
   void add_mean(MeanOp op);
@@ -216,6 +238,8 @@ class Engine {
   // One image, and for each op the channels that it computed.
   void run_recorded(const float *x, float *out, std::vector<std::vector<int32_t>> &chosen);
 
+  void check_ready() const;  // to run
+
   const std::string &op_name(int i) const { return names_[i]; }
   int ops() const { return static_cast<int>(ops_.size()); }
   int classes() const { return classes_; }
@@ -223,17 +247,25 @@ class Engine {
   int height() const;
   int width() const;
   int threads() const { return threads_; }
-  const char *isa() const { return table_.name; }
+  const char *isa() const { return pairs_ ? pairs_->name : table_.name; }
   size_t weight_bytes() const { return arena_.bytes(); }
   size_t workspace_bytes() const;
 
  private:
   int check_value(int v) const;
+  void check_floats(int x, int y, const std::string &name) const;
+  bool untouched(const Conv &c) const;
   const Layout &layout(int value) const { return buffers_[values_[value].buffer].layout; }
   float *plane(Workspace &ws, int value, int c) const {
     const Buffer &b = buffers_[values_[value].buffer];
     return ws.memory[values_[value].buffer].data() + size_t(c) * b.layout.plane + b.layout.lead;
   }
+  uint32_t *words(Workspace &ws, int value, int pair) const {
+    const Buffer &b = buffers_[values_[value].buffer];
+    return ws.words[values_[value].buffer] + size_t(pair) * b.layout.plane + b.layout.lead;
+  }
+  Half half(Workspace &ws, int value, int i, int c) const;  // of its i-th active channel, which is c
+  void set_pairs(Workspace &ws, int value) const;
   float *sum(Workspace &ws, int value, int c, int t) const {
     const int b = values_[value].buffer;
     return ws.sums[b].data() + (size_t(t) * buffers_[b].channels + c) * kSumLanes;
@@ -249,6 +281,9 @@ class Engine {
   void choose(const Run &run, const Conv &c, int op) const;
   void stage(const Run &run, const Conv &c) const;
   void tiles(const Run &run, const Conv &c) const;
+  bool makes_weights(const Active &x) const;  // a few rows at a time, for each image
+  int tap_words(const Conv &c, const Active &x) const;
+  void make_weights(const Run &run, const Conv &c, int row, int rows, const float **to) const;
   void finish(const Run &run, const Conv &c) const;
   void pool(const Run &run, const PoolOp &p, int op) const;
   void mean(const Run &run, const MeanOp &m, int op) const;
@@ -257,11 +292,13 @@ class Engine {
   void linear(const Run &run, const Linear &l, int op, float *out) const;
   void pooled(const Run &run, int value, float *p) const;
   void copy_active(Workspace &ws, int from, int to) const;
+  void halve_all(const Run &run, int value) const;
 
   void pad_rows(Floats &w, int rows, int columns);
   PredictorRows pack_rows(Floats w, int rows, int columns);
 
   const Table &table_;
+  const PairTable *const pairs_;  // or null
   const int threads_;
   Arena arena_;
   Pool pool_;
@@ -276,13 +313,12 @@ class Engine {
   std::vector<SqueezeExcite> ses_;
   std::vector<Linear> linears_;
   int input_ = -1, classes_ = 0;
-  size_t staging_ = 0;
+  size_t staging_ = 0, picked_ = 0, wide_ = 0;
   int widest_ = 1, most_steps_ = 1, most_groups_ = 1, longest_ = kRound;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Workspace>> idle_;
 };
 
-const Table &choose_table(const std::string &isa);  // "auto", or a table's name
-std::vector<std::string> usable_tables();
+std::vector<std::string> usable_tables(bool bf16);
 
 }  // namespace afds

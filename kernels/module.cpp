@@ -14,6 +14,7 @@ using namespace afds;
 namespace {
 
 using FloatArray = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+using HalfArray = nb::ndarray<const uint16_t, nb::c_contig, nb::device::cpu>;
 using Images = nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 
 template <typename T>
@@ -42,6 +43,13 @@ nb::object owned(std::vector<T> data, std::initializer_list<size_t> shape) {
   return nb::cast(nb::ndarray<nb::numpy, T>(keep->data(), shape, owner));
 }
 
+void check(const Engine &e, const Images &x) {
+  e.check_ready();
+  if (x.shape(0) < 1 || int64_t(x.shape(1)) != e.channels() || int64_t(x.shape(2)) != e.height() ||
+      int64_t(x.shape(3)) != e.width())
+    throw std::invalid_argument("images of another shape than the plan's input");
+}
+
 Conv conv_of(const nb::dict &d) {
   Conv c;
   c.name = get<std::string>(d, "name");
@@ -53,7 +61,15 @@ Conv conv_of(const nb::dict &d) {
   c.groups = get<int>(d, "groups");
   c.act = get<int>(d, "act");
   c.res_nonnegative = get<bool>(d, "residual_nonnegative");
-  c.weight = borrowed(d, "weight");
+  if (d.contains("halves")) {
+    const auto array = get<HalfArray>(d, "halves");
+    const int64_t size = int64_t(c.out) * (c.groups > 0 ? c.in / c.groups : 0) * get<int>(d, "kernel_h") * get<int>(d, "kernel_w");
+    if (int64_t(array.size()) != size) throw std::invalid_argument("plan: " + c.name + ": weights");
+    c.halves = array.data();
+    c.factor = floats(d, "factor");
+  } else {
+    c.weight = borrowed(d, "weight");
+  }
   c.bias = floats(d, "bias");
   const auto rows = get<std::string>(d, "rows");
   if (rows == "all") {
@@ -94,10 +110,10 @@ const char *kPartNames[kParts] = {"predictor", "select", "pack", "conv", "rest"}
 
 NB_MODULE(_kernels, m) {
   m.doc() = "Kernels that compute the selected channels only.";
-  m.def("usable_isas", &usable_tables, "Instruction sets that this CPU can run, the fastest first.");
+  m.def("usable_isas", &usable_tables, nb::arg("bf16"), "Instruction sets that this CPU can run, the fastest first.");
   m.attr("parts") = nb::make_tuple(kPartNames[0], kPartNames[1], kPartNames[2], kPartNames[3], kPartNames[4]);
   nb::class_<Engine>(m, "Engine")
-      .def(nb::init<int, const std::string &>(), nb::arg("threads"), nb::arg("isa"))
+      .def(nb::init<int, const std::string &, bool>(), nb::arg("threads"), nb::arg("isa"), nb::arg("bf16"))
       .def("add_buffer",
            [](Engine &e, const nb::dict &d) {
              Layout l;
@@ -110,7 +126,10 @@ NB_MODULE(_kernels, m) {
            })
       .def("add_value",
            [](Engine &e, const nb::dict &d) {
-             return e.add_value(get<int>(d, "buffer"), get<int>(d, "channels"), get<bool>(d, "pooled"));
+             Value v{get<int>(d, "buffer"), get<int>(d, "channels"), get<bool>(d, "pooled"), get<bool>(d, "floats")};
+             const auto pairs = get<std::string>(d, "pairs");
+             v.pairing = pairs == "numbers" ? Pairing::kNumbers : pairs == "free" ? Pairing::kFree : Pairing::kNone;
+             return e.add_value(v);
            })
       .def("set_input", &Engine::set_input)
       .def("add_conv",
@@ -178,6 +197,7 @@ NB_MODULE(_kernels, m) {
       .def_prop_ro("workspace_bytes", &Engine::workspace_bytes)
       .def("run",
            [](Engine &e, Images x) {
+             check(e, x);
              std::vector<float> out(x.shape(0) * e.classes());
              {
                nb::gil_scoped_release release;
@@ -187,6 +207,7 @@ NB_MODULE(_kernels, m) {
            })
       .def("run_counted",
            [](Engine &e, Images x) {
+             check(e, x);
              std::vector<float> out(x.shape(0) * e.classes());
              std::vector<int64_t> macs(x.shape(0) * e.ops());
              {
@@ -198,6 +219,7 @@ NB_MODULE(_kernels, m) {
            })
       .def("run_profiled",
            [](Engine &e, Images x) {
+             check(e, x);
              std::vector<float> out(x.shape(0) * e.classes());
              std::vector<double> seconds(size_t(e.ops()) * kParts);
              {
@@ -207,6 +229,7 @@ NB_MODULE(_kernels, m) {
              return owned(std::move(seconds), {size_t(e.ops()), size_t(kParts)});
            })
       .def("run_recorded", [](Engine &e, Images x) {
+        check(e, x);
         std::vector<float> out(e.classes());
         std::vector<std::vector<int32_t>> chosen;
         {

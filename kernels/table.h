@@ -17,17 +17,30 @@ constexpr int kRound = 16;    // floats; planes are cut to whole 64-byte lines f
 
 enum Act : int { kNone = 0, kRelu, kRelu6, kSilu, kHardswish, kSigmoid, kHardsigmoid };
 
+// A pair is two bf16 numbers of two channels in one 32-bit word, the first in its lower half: how bf16 products read
+// pixels and weights.
+struct Half {
+  uint32_t *words;  // pixel 0 of the pair's plane
+  uint32_t keep;    // bits that a store leaves as they are: those of the other half, or none where that is to be zero
+  int shift;        // 0: into the lower half, 16: into the upper one
+};
+
 // out[r][i] = act(scale[r] * sum_s w[r][woff[s]] * x[i + xoff[s]] + shift[r] + res[r][i]) & mask[i]
+//
+// In a product of pairs, x points to words in place of floats, and a step is a pair of input channels at a tap. So does
+// w where PairTable::words; otherwise the weights of a pair are floats, w[r][woff[s]] and w[r][woff[s] + upper].
 struct Tile {
   const float *x;            // the block's first pixel in channel 0
   const int32_t *xoff;       // [steps] floats from x: channel and tap
   const int32_t *woff;       // [steps] floats from the row's start
+  int64_t upper;
   int32_t steps;
   const float *const *w;     // [rows]
   const float *scale;        // [rows]
   const float *shift;        // [rows]
   int64_t at;                // the block's first pixel, for out, res and mask
-  float *const *out;         // [rows], pixel 0
+  float *const *out;         // [rows], pixel 0, or null
+  const Half *half;          // [rows] or null: the same, rounded to bf16, as halves of pairs
   const float *const *res;   // [rows] or null
   const uint32_t *mask;      // all ones where a pixel is, zero on padding
   float *const *sum;         // [rows] of kSumLanes running sums of what is stored, or null
@@ -61,12 +74,30 @@ struct Table {
   void (*eltwise)(float *out, const float *a, float scale, const float *b, const uint32_t *mask, int n, int act,
                   float *sum);
   void (*activate)(float *v, int n, int act);      // in place, any n
+  // n floats, rounded to bf16, into halves of pairs; any n
+  void (*halve)(Half to, const float *from, int n);
+};
+
+// Products of pairs, accumulated in float32. Any instruction set can do them by two multiply-adds on the halves; then
+// weights are made floats first, a few rows at a time: each is read for many pixels.
+struct PairTable {
+  const char *name;
+  bool words;  // the product reads weights as pairs
+  // lower[i], upper[i] = the halves of from[i] as floats, i < n; writes up to kRound floats more, of each
+  void (*widen)(float *lower, float *upper, const uint32_t *from, int n);
+  TileFn tile[kModes][kMaxRows + 1][kMaxVecs + 1];
 };
 
 extern const Table kTableBase;
+extern const PairTable kPairsBase;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const Table kTableAvx2;
 extern const Table kTableAvx512;
+extern const PairTable kPairsAvx2;
+extern const PairTable kPairsAvx512;
+extern const PairTable kPairsDot;  // vdpbf16ps
+// Of from[0..n), those whose bit is set in `on`, one after the other into `to`; writes up to 31 numbers more.
+void pick_vbmi2(uint16_t *to, const uint16_t *from, int n, const uint32_t *on);
 #endif
 
 }  // namespace afds

@@ -5,7 +5,9 @@
 //
 //        acc[r][v] += w[r][s] * x[s][v]        r: output channels   v: vectors of pixels   s: (input channel, tap)
 //
-// so that any set of output and of input channels costs the inner product nothing.
+// so that any set of output and of input channels costs the inner product nothing. In a product of pairs every word
+// holds two input channels in bf16, and a step is both of them. AFDS_DOT: the file has an instruction for that, and
+// gives these tiles only.
 #include "table.h"
 
 #if AFDS_LANES == 16
@@ -107,7 +109,61 @@ __attribute__((noinline)) void eltwise(float *out, const float *a, float scale, 
   }
 }
 
-template <int R, int V, int MODE>
+// Float32 to the nearest bf16 (ties to even), in the lower half. A NaN stays one (but for payloads nobody makes).
+inline __attribute__((always_inline)) vu nearest(vf v) {
+  const vu b = reinterpret_cast<vu>(v);
+  return (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+}
+
+typedef uint32_t vuu __attribute__((vector_size(L * 4), aligned(4), may_alias));
+
+inline __attribute__((always_inline)) void store_half(uint32_t *to, vf v, uint32_t keep, int shift) {
+  *reinterpret_cast<vuu *>(to) = (nearest(v) << shift) | (*reinterpret_cast<const vuu *>(to) & keep);
+}
+
+enum Kind { kFloats, kPairs };
+
+// One step, of V vectors of pixels and R weights.
+template <int R, int V, int KIND>
+inline __attribute__((always_inline)) void product(vf (&acc)[R][V], const float *xs, const float *const (&w)[R], int64_t at,
+                                                   int64_t upper) {
+#ifdef AFDS_DOT
+  static_assert(KIND == kPairs, "");
+  (void)upper;
+  vf in[V];
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) in[v] = load(xs + v * L);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const vf b = set1(w[r][at]);
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], (__m512bh)b, (__m512bh)in[v]);
+  }
+#else
+  constexpr int kHalves = KIND == kPairs ? 2 : 1;
+#pragma GCC unroll 2
+  for (int half = 0; half < kHalves; ++half) {
+    if (KIND == kPairs) asm("" : "+r"(xs));  // words are read again: kept, they would cost sums their registers
+    vf in[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      in[v] = load(xs + v * L);
+      if (KIND == kPairs) {
+        const vu b = reinterpret_cast<vu>(in[v]);
+        in[v] = reinterpret_cast<vf>(half ? b & 0xffff0000u : b << 16);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const vf b = set1(w[r][half ? at + upper : at]);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[r][v] += b * in[v];
+    }
+  }
+#endif
+}
+
+template <int R, int V, int MODE, int KIND>
 void tile(const Tile &a) {
   vf acc[R][V];
 #pragma GCC unroll 16
@@ -121,7 +177,7 @@ void tile(const Tile &a) {
   const int32_t *xoff = a.xoff, *woff = a.woff;
   const float *const *fetch = a.fetch;
   constexpr bool kPixels = MODE == kFetchPixels || MODE == kFetchBoth, kWeights = MODE == kFetchWeights || MODE == kFetchBoth;
-  if (kPixels) {  // what is written at the end, while the sums are made
+  if (kPixels && a.out) {  // what is written at the end, while the sums are made
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
@@ -137,22 +193,14 @@ void tile(const Tile &a) {
 #pragma GCC unroll 16
       for (int v = 0; v < V; v += 16 / L) __builtin_prefetch(ahead + v * L);
     }
-    vf in[V];
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) in[v] = load(xs + v * L);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const vf b = set1(w[r][at]);
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) acc[r][v] += b * in[v];
-    }
+    product<R, V, KIND>(acc, xs, w, at, a.upper);
   }
   const int act = a.act;
   const uint32_t *mask = a.mask + a.at;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     const vf scale = set1(a.scale[r]), shift = set1(a.shift[r]);
-    float *out = a.out[r] + a.at;
+    float *out = a.out ? a.out[r] + a.at : nullptr;
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) acc[r][v] = acc[r][v] * scale + shift;
     if (a.res) {
@@ -165,15 +213,28 @@ void tile(const Tile &a) {
       for (int v = 0; v < V; ++v) acc[r][v] = vmax(set1(0.0f), acc[r][v]);
     }
     if (act > kRelu) {  // the longer ones go through memory: here they would cost registers
+      float line[V * L];
+      if (!out) out = line;
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) store(out + v * L, acc[r][v]);
       eltwise(out, out, 1.0f, nullptr, mask, V * L, act, a.sum ? a.sum[r] : nullptr);
+      if (a.half)
+        for (int v = 0; v < V; ++v)
+          store_half(a.half[r].words + a.at + v * L, load(out + v * L), a.half[r].keep, a.half[r].shift);
       continue;
     }
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) {
-      acc[r][v] = masked(acc[r][v], mask + v * L);
-      store(out + v * L, acc[r][v]);
+    for (int v = 0; v < V; ++v) acc[r][v] = masked(acc[r][v], mask + v * L);
+    if (out) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) store(out + v * L, acc[r][v]);
+    }
+    if (a.half) {
+      uint32_t *words = a.half[r].words + a.at;
+      const uint32_t keep = a.half[r].keep;
+      const int shift = a.half[r].shift;
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) store_half(words + v * L, acc[r][v], keep, shift);
     }
     if (a.sum) {
       float *sum = a.sum[r];
@@ -191,10 +252,20 @@ void tile(const Tile &a) {
 
 constexpr bool fits(int r, int v) { return r * v <= AFDS_ACCUMULATORS; }
 
-template <int R, int V, int MODE>
+template <int R, int V, int MODE, int KIND>
 constexpr TileFn entry() {
-  if constexpr (R > 0 && V > 0 && fits(R, V)) return &tile<R, V, MODE>;
+  if constexpr (R > 0 && V > 0 && fits(R, V)) return &tile<R, V, MODE, KIND>;
   else return nullptr;
+}
+
+#ifndef AFDS_DOT
+
+void widen(float *lower, float *upper, const uint32_t *from, int n) {
+  for (int i = 0; i < n; i += L) {
+    const vu b = *reinterpret_cast<const vuu *>(from + i);
+    store(lower + i, reinterpret_cast<vf>(b << 16));
+    store(upper + i, reinterpret_cast<vf>(b & 0xffff0000u));
+  }
 }
 
 // T: float, or uint16_t for bf16.
@@ -340,21 +411,41 @@ void activate(float *v, int n, int act) {
   }
 }
 
+void halve(Half to, const float *from, int n) {
+  int i = 0;
+  for (; i + L <= n; i += L) store_half(to.words + i, load(from + i), to.keep, to.shift);
+  for (; i < n; ++i) {
+    uint32_t b;
+    __builtin_memcpy(&b, from + i, sizeof b);
+    b = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+    to.words[i] = b << to.shift | (to.words[i] & to.keep);
+  }
+}
+
+#endif  // AFDS_DOT
+
 }  // namespace
 
-#define AFDS_ROW(R, P)                                                                                          \
+#define AFDS_ROW(R, P, K)                                                                                       \
   {                                                                                                             \
-    nullptr, entry<R, 1, P>(), entry<R, 2, P>(), entry<R, 3, P>(), entry<R, 4, P>(), entry<R, 5, P>(),          \
-        entry<R, 6, P>(), entry<R, 7, P>(), entry<R, 8, P>()                                                    \
+    nullptr, entry<R, 1, P, K>(), entry<R, 2, P, K>(), entry<R, 3, P, K>(), entry<R, 4, P, K>(),                \
+        entry<R, 5, P, K>(), entry<R, 6, P, K>(), entry<R, 7, P, K>(), entry<R, 8, P, K>()                      \
   }
-#define AFDS_ROWS(P)                                                                                            \
+#define AFDS_ROWS(P, K)                                                                                         \
   {                                                                                                             \
-    {}, AFDS_ROW(1, P), AFDS_ROW(2, P), AFDS_ROW(3, P), AFDS_ROW(4, P), AFDS_ROW(5, P), AFDS_ROW(6, P),         \
-        AFDS_ROW(7, P), AFDS_ROW(8, P), AFDS_ROW(9, P), AFDS_ROW(10, P), AFDS_ROW(11, P), AFDS_ROW(12, P)       \
+    {}, AFDS_ROW(1, P, K), AFDS_ROW(2, P, K), AFDS_ROW(3, P, K), AFDS_ROW(4, P, K), AFDS_ROW(5, P, K),          \
+        AFDS_ROW(6, P, K), AFDS_ROW(7, P, K), AFDS_ROW(8, P, K), AFDS_ROW(9, P, K), AFDS_ROW(10, P, K),         \
+        AFDS_ROW(11, P, K), AFDS_ROW(12, P, K)                                                                  \
   }
+#define AFDS_MODES(K) {AFDS_ROWS(0, K), AFDS_ROWS(1, K), AFDS_ROWS(2, K), AFDS_ROWS(3, K)}
 
-extern const Table AFDS_TABLE = {AFDS_NAME,  L,          AFDS_ACCUMULATORS, {AFDS_ROWS(0), AFDS_ROWS(1), AFDS_ROWS(2), AFDS_ROWS(3)},
+#ifdef AFDS_DOT
+extern const PairTable AFDS_PAIRS = {AFDS_NAME, true, nullptr, AFDS_MODES(kPairs)};
+#else
+extern const PairTable AFDS_PAIRS = {AFDS_NAME, false, widen, AFDS_MODES(kPairs)};
+extern const Table AFDS_TABLE = {AFDS_NAME,  L,          AFDS_ACCUMULATORS, AFDS_MODES(kFloats),
                                  axpy<float>, axpy<uint16_t>, count_ge, score, stage, max3,
-                                 stride_max, stride_add, eltwise,           activate};
+                                 stride_max, stride_add, eltwise,           activate, halve};
+#endif
 
 }  // namespace afds

@@ -74,6 +74,20 @@ def test_profile_shows_microseconds_that_add_up(run: Path, capsys: pytest.Captur
     assert sum(float(cell.strip().rstrip("%")) for cell in share[2:-2]) == pytest.approx(100, abs=1)
 
 
+@pytest.mark.skipif(not is_built(), reason="the native runtime is not built")
+def test_a_row_is_held_to_its_peer_in_the_same_precision(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["measure", str(run), "--only", "native", "torch", "dynamic", "--threads", "1", "--rounds", "2"]
+    assert main([*arguments, "--precision", "float32", "bf16"]) == 0
+    assert "native bf16" in capsys.readouterr().out
+    rows = {(r["form"], r["runtime"], r["precision"]): r for r in read_json(run / "measure.json")["rows"]}
+    assert {(runtime, precision) for _, runtime, precision in rows} == {
+        ("torch", "float32"), ("native", "float32"), ("native", "bf16"),
+    }  # fmt: skip
+    ours = rows["dynamic", "native", "bf16"]
+    assert ours["speedup"] == pytest.approx(rows["dense", "native", "bf16"]["median_ms"] / ours["median_ms"])
+    assert "native bf16" in write_report(run).read_text()
+
+
 def row(form: str, ms: float, speedup: float = 1.0) -> Row:
     return Row(form, "onnx", 1, 1, ms, ms, ms, ms, 9, 5.0, speedup)
 

@@ -16,6 +16,7 @@ import afds.runtime as runtime
 from afds.cost import CostMeter
 from afds.errors import ConfigError, RunFolderError
 from afds.selection import SelectionConfig, gates, round_predictors, select, set_density
+from convolutions import Small, cases
 from networks import randomise_bn, train_like
 
 pytestmark = pytest.mark.skipif(not runtime.is_built(), reason="afds was installed without its native runtime")
@@ -37,37 +38,6 @@ def check(
         for name, gate in gates(model).items():
             assert gate.active_BC is not None
             assert chosen[name].tolist() == gate.active_BC[0].nonzero().flatten().tolist(), name
-
-
-class Small(nn.Module):
-    """One convolution under test between a stem and a classifier, with or without a residual sum around it."""
-
-    def __init__(self, cin: int, cout: int, kernel: int, stride: int, pad: int, groups: int, residual: bool) -> None:
-        super().__init__()
-        self.stem, self.norm0, self.act0 = nn.Conv2d(3, cin, 1, bias=False), nn.BatchNorm2d(cin), nn.ReLU()
-        self.conv = nn.Conv2d(cin, cout, kernel, stride, pad, groups=groups, bias=False)
-        self.norm, self.act = nn.BatchNorm2d(cout), nn.ReLU()
-        self.side = nn.Conv2d(cin, cout, kernel, stride, pad, bias=False) if residual else None
-        self.side_norm = nn.BatchNorm2d(cout) if residual else None
-        self.pool, self.flat, self.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(cout, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.act0(self.norm0(self.stem(x)))
-        y = self.norm(self.conv(x))
-        if self.side is not None and self.side_norm is not None:
-            y = y + self.side_norm(self.side(x))
-        return self.fc(self.flat(self.pool(self.act(y))))
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> dict[str, object]:
-    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
-    kernel = draw(st.integers(1, 5))
-    return {
-        "cin": groups * draw(st.integers(1, 9)), "cout": groups * draw(st.integers(1, 13)), "kernel": kernel,
-        "stride": draw(st.integers(1, 3)), "pad": draw(st.integers(0, kernel // 2)), "groups": groups,
-        "residual": draw(st.booleans()),
-    }  # fmt: skip
 
 
 @settings(max_examples=30)

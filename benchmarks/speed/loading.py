@@ -27,7 +27,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-SUBJECTS = ("afds selecting", "afds dense", "ONNX Runtime dense", "OpenVINO dense")
+SUBJECTS = (
+    "afds selecting",
+    "afds dense",
+    "afds selecting bf16",
+    "afds dense bf16",
+    "ONNX Runtime dense",
+    "OpenVINO dense",
+)
 MIB = 2**20
 
 
@@ -122,9 +129,10 @@ def imported(subject: str) -> Callable[..., Callable[..., object]]:
 
         def ours(subject: str, files: Path, threads: int, marks: list[float]) -> Callable[..., object]:
             torch.set_num_threads(threads)
-            run = load_run(files / subject.removeprefix("afds "))
+            run = load_run(files / subject.split()[1])
             marks.append(time.perf_counter())
-            executor = afds.runtime.compile(run, threads=threads)
+            precision = "bf16" if subject.endswith("bf16") else "float32"
+            executor = afds.runtime.compile(run, threads=threads, precision=precision)
             marks.append(time.perf_counter())
             return executor
 

@@ -43,11 +43,15 @@ class Evaluate:
     """Images at a time."""
     runtime: Literal["torch", "native"] = "torch"
     """torch: the plain PyTorch forward. native: the kernels that skip; their MACs are those they executed."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Of the native runtime's convolutions. bf16: half the memory for weights; `afds measure` tells whether it is
+    faster on this CPU."""
     json: bool = False
     """Print JSON in place of a table."""
 
     def __post_init__(self) -> None:
         _at_least("batch-size", self.batch_size, 1)
+        _native_only(self.precision, self.runtime)
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,14 @@ class Predict:
     runtime: Literal["native", "torch"] = "native"
     """native: the kernels that skip what was not selected; where they cannot run this network, PyTorch does, and a
     line says so. torch: the plain PyTorch forward."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Of the native runtime's convolutions. bf16: half the memory for weights; `afds measure` tells whether it is
+    faster on this CPU."""
     json: bool = False
     """Print one line of JSON for each image."""
 
     def __post_init__(self) -> None:
+        _native_only(self.precision, self.runtime)
         _at_least("top-k", self.top_k, 1)
         _at_least("batch-size", self.batch_size, 1)
         if not self.images:
@@ -93,6 +101,8 @@ class Measure:
     """Images at a time."""
     only: tuple[str, ...] = ()
     """Only these of: dense static dynamic, and torch compiled onnx openvino native."""
+    precision: tuple[Literal["float32", "bf16"], ...] = ("float32",)
+    """What to compute in. bf16: rows of native and openvino, each beside the dense networks in bf16."""
     rounds: int = 15
     """Rounds in which each row is timed once."""
     data: Path | None = None
@@ -196,10 +206,11 @@ def _evaluate(arguments: list[str]) -> int:
 
     result = _or_torch(
         lambda runtime: evaluate_folder(
-            options.run, options.data, options.split, batch_size=options.batch_size, runtime=runtime
+            options.run, options.data, options.split, batch_size=options.batch_size, runtime=runtime,
+            precision=options.precision if runtime == "native" else "float32",
         ),
-        options.runtime,
-    )
+        options.runtime, options.precision,
+    )  # fmt: skip
     if options.json:
         print(jsonlib.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False))
     else:
@@ -236,7 +247,12 @@ def _predict(arguments: list[str]) -> int:
     from afds.inference import Model, image_files
 
     run, unreadable = load_run(options.run), 0
-    model = _or_torch(lambda runtime: Model(run, runtime=runtime), options.runtime)
+    model = _or_torch(
+        lambda runtime: Model(
+            run, runtime=runtime, precision=options.precision if runtime == "native" else "float32"
+        ),
+        options.runtime, options.precision,
+    )  # fmt: skip
     files = image_files(options.images)
     for prediction in model.stream(files, options.top_k, options.batch_size, on_error="report"):
         if prediction.error is not None:
@@ -251,15 +267,16 @@ def _predict(arguments: list[str]) -> int:
     return 1 if unreadable else 0
 
 
-def _or_torch(work: Callable[[str], T], runtime: str) -> T:
+def _or_torch(work: Callable[[str], T], runtime: str, precision: str) -> T:
     """`work` with this runtime, or with PyTorch where the native one is missing or does not compute the network."""
+    in_float32 = "" if precision == "float32" else ", in float32"
     if runtime == "native":
         from afds.runtime import RuntimeMissingError, UnsupportedError
 
         try:
             return work("native")
         except (RuntimeMissingError, UnsupportedError) as error:
-            print(f"afds: note: PyTorch runs this network. {error}", file=sys.stderr)
+            print(f"afds: note: PyTorch runs this network{in_float32}. {error}", file=sys.stderr)
     return work("torch")
 
 
@@ -300,14 +317,17 @@ def _export(arguments: list[str]) -> int:
 def _measure(arguments: list[str]) -> int:
     o = tyro.cli(Measure, prog="afds measure", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
     from afds.files import write_json
-    from afds.measure import measure_run
+    from afds.measure import measure_run, runtime_of
 
     console = Console(highlight=False)
     result = measure_run(o.run, threads=o.threads, batches=o.batch, only=o.only, rounds=o.rounds, data=o.data,
-                         profile=o.profile, say=lambda line: console.print(line, markup=False))  # fmt: skip
+                         precisions=o.precision, profile=o.profile,
+                         say=lambda line: console.print(line, markup=False))  # fmt: skip
     if o.json is not None:
         write_json(o.json, result.to_dict())
-    console.print(f"{result.arch}, {result.input_size} px, float32, {result.hardware['cpu']}", markup=False)
+    console.print(
+        f"{result.arch}, {result.input_size} px, {' and '.join(o.precision)}, {result.hardware['cpu']}", markup=False
+    )
     for threads, batch in dict.fromkeys((row.threads, row.batch) for row in result.rows):
         table = Table(title=f"threads {threads}, batch {batch}: median ms (quarters)")
         for name in ("network", "runtime", "ms", "p90", "faster", "fewer MACs", "share"):
@@ -317,7 +337,7 @@ def _measure(arguments: list[str]) -> int:
             digits = 1 if row.median_ms >= 10 else 3 if row.median_ms < 1 else 2
             median = f"{row.median_ms:.{digits}f} ({row.low_ms:.{digits}f}-{row.high_ms:.{digits}f})"
             ratios = (f"{row.speedup:.2f}x", f"{row.macs_ratio:.2f}x", share)
-            table.add_row(row.form, row.runtime, median, f"{row.p90_ms:.{digits}f}", *ratios)
+            table.add_row(row.form, runtime_of(row), median, f"{row.p90_ms:.{digits}f}", *ratios)
         console.print(table)
     if result.profile:
         console.print(_profile_table(result.profile))
@@ -401,6 +421,11 @@ def _bare_ray(arguments: list[str]) -> list[str]:
     """`--ray` without an address means a cluster of this machine alone."""
     bare = [a == "--ray" and b.startswith("--") for a, b in zip(arguments, [*arguments[1:], "--"], strict=True)]
     return [word for a, alone in zip(arguments, bare, strict=True) for word in ([a, "local"] if alone else [a])]
+
+
+def _native_only(precision: str, runtime: str) -> None:
+    if precision != "float32" and runtime != "native":
+        raise ConfigError(f"--precision {precision} is of the native runtime: add --runtime native.")
 
 
 def _at_least(name: str, value: int, least: int) -> None:

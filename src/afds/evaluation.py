@@ -165,6 +165,7 @@ def evaluate_folder(
     device: str = "cpu",
     workers: int = 0,
     runtime: str = "torch",
+    precision: str = "float32",
     progress: Callable[[int], None] | None = None,
 ) -> FolderResult:
     """Evaluate a run on a folder of class folders, matched to the run's classes by name.
@@ -172,6 +173,7 @@ def evaluate_folder(
     split: `auto` takes test/ where there is one, the images that this run held out where it is the folder it
     was fitted on, else all that is there; or one of `test`, `val`, `train`, `all`.
     runtime: `torch`, or `native`, whose MACs are those it executed.
+    precision: of native's convolutions, `float32` or `bf16`.
     Raises RunFolderError for the run, DataError for the folder: among others a class that the run does not
     know, a split that is not there; and for the runtime what `inference.Model` raises.
     """
@@ -179,7 +181,7 @@ def evaluate_folder(
     chosen, items, notes = labelled_items(run, data_path, split)
     dataset = ImageDataset(items, eval_transform(run.preprocess))
     loader = make_loader(dataset, batch_size=batch_size, shuffle=False, seed=0, workers=workers)
-    model = Model(run, device, runtime=runtime)
+    model = Model(run, device, runtime=runtime, precision=precision)
     given = run.structure["cost"].get("reference_macs", 0.0)
     reference = float(given) if type(given) in (int, float) and given > 0 else 0.0
     meter: Meter

@@ -57,24 +57,29 @@ class Model:
         run: a run folder that was read.
         device: where the network runs.
         runtime: `torch`, or `native`: the kernels that skip, on the CPU, on as many threads as PyTorch would use.
+        precision: of native's convolutions, `float32` or `bf16`; see `afds.runtime.compile`.
     Raises:
         RuntimeMissingError, UnsupportedError: the native runtime was not built, or does not compute this network.
-        ConfigError: another runtime, or `native` on another device.
+        ConfigError: another runtime or precision, `native` on another device, or `bf16` without `native`.
     """
 
-    def __init__(self, run: Run, device: torch.device | str = "cpu", *, runtime: str = "torch") -> None:
+    def __init__(
+        self, run: Run, device: torch.device | str = "cpu", *, runtime: str = "torch", precision: str = "float32"
+    ) -> None:
         if runtime not in RUNTIMES:
             raise ConfigError(f"{runtime!r} is no runtime; choose one of {', '.join(RUNTIMES)}.")
         self.run = run
         self.device = torch.device(device)
         if runtime == "native" and self.device.type != "cpu":
             raise ConfigError(f"The native runtime runs on the CPU, not on {self.device}; take runtime='torch' there.")
+        if runtime != "native" and precision != "float32":
+            raise ConfigError(f"precision={precision!r} is of the native runtime; take runtime='native' with it.")
         self.network: nn.Module = run.model.to(self.device).eval()
         self.executor: Executor | None = None
         if runtime == "native":
             from afds.runtime import compile
 
-            self.executor = compile(run, threads=torch.get_num_threads())
+            self.executor = compile(run, threads=torch.get_num_threads(), precision=precision)
         self._transform = eval_transform(run.preprocess)
 
     @property
@@ -178,13 +183,16 @@ class Model:
             return error
 
 
-def load(run: Path | str, device: torch.device | str = "cpu", *, runtime: str = "torch") -> Model:
+def load(
+    run: Path | str, device: torch.device | str = "cpu", *, runtime: str = "torch", precision: str = "float32"
+) -> Model:
     """The network of a run folder, ready to predict.
 
     runtime: `torch`, or `native`: the kernels that skip what was not selected.
+    precision: of native's convolutions, `float32` or `bf16`.
     Raises RunFolderError naming what is wrong with the folder, and what `Model` raises.
     """
-    return Model(load_run(run), device, runtime=runtime)
+    return Model(load_run(run), device, runtime=runtime, precision=precision)
 
 
 def image_files(paths: Sequence[Path | str]) -> Iterator[Path]:

@@ -10,7 +10,7 @@
 
 All rows of one setting run in turn, round after round, so that what else the machine does hits all of them. The dense
 peer has the weights of the run's dense base where that is there, random ones otherwise: time does not depend on them.
-Everything is float32.
+The peer of a bf16 row is the fastest dense row in bf16. Unless bf16 is asked for, everything is float32.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from afds.errors import AfdsError, ConfigError
 from afds.export import training_batches
 from afds.files import write_json
 from afds.hardware import stamp
-from afds.runtimes import OPENERS, RUNTIMES, Predictor
+from afds.runtimes import IN_BF16, OPENERS, PRECISIONS, RUNTIMES, Predictor
 
 FORMS = ("dense", "static", "dynamic")
 NAME = "measure.json"
@@ -64,9 +64,10 @@ class Row:
     macs_ratio: float
     """Fewer MACs than dense."""
     speedup: float = 0.0
-    """Over the fastest dense row of the same setting."""
+    """Over the fastest dense row of the same setting and precision."""
     share: float | None = None
     """Of the MACs ratio that became time."""
+    precision: str = "float32"
 
 
 @dataclass
@@ -95,6 +96,7 @@ def measure_run(
     threads: Sequence[int] = (),
     batches: Sequence[int] = (1,),
     only: Sequence[str] = (),
+    precisions: Sequence[str] = ("float32",),
     rounds: int = 15,
     data: Path | None = None,
     profile: bool = False,
@@ -105,6 +107,7 @@ def measure_run(
     Args:
         threads: by default one, and all cores.
         only: names of forms and runtimes; empty: all of them.
+        precisions: `float32`, `bf16` or both; of bf16 there are rows of OpenVINO and native.
         data: photos to freeze the static network on; by default those of the run, where they still are.
         profile: also where the time goes in the native runtime, by layer.
     Raises:
@@ -114,6 +117,9 @@ def measure_run(
     cores = os.cpu_count() or 1
     threads = tuple(threads) or tuple(dict.fromkeys((1, cores)))
     _check(threads, batches, only, rounds, cores)
+    for precision in precisions:
+        if precision not in PRECISIONS:
+            raise ConfigError(f"--precision {precision}: choose from {', '.join(PRECISIONS)}.")
     run = load_run(run_path)
     side = run.preprocess.input_size
     result = Measurement(run.arch, side, datetime.now(UTC).isoformat(timespec="seconds"), _hardware(), _accuracy(run))
@@ -121,7 +127,8 @@ def measure_run(
     noise = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     full = measure_cost(networks["dense"], [noise]).dense
     ratios = {form: full / measure_cost(network, [noise]).counted for form, network in networks.items()}
-    runtimes = [r for r in RUNTIMES if not only or r in only or not set(only) & set(RUNTIMES)]
+    named = [r for r in RUNTIMES if not only or r in only or not set(only) & set(RUNTIMES)]
+    runtimes = [(r, p) for p in dict.fromkeys(precisions) for r in named if p == "float32" or r in IN_BF16]
     before = torch.get_num_threads()
     try:
         for count in threads:
@@ -183,38 +190,40 @@ def _fresh(model: nn.Module) -> nn.Module:
 
 
 def _setting(
-    networks: dict[str, nn.Module], runtimes: Sequence[str], side: int, classes: int, threads: int, batch: int,
-    rounds: int, ratios: dict[str, float], result: Measurement,
+    networks: dict[str, nn.Module], runtimes: Sequence[tuple[str, str]], side: int, classes: int, threads: int,
+    batch: int, rounds: int, ratios: dict[str, float], result: Measurement,
 ) -> list[Row]:  # fmt: skip
     """All rows of one number of threads and one batch, in turn."""
     torch.set_num_threads(threads)
     x = np.random.default_rng(0).standard_normal((batch, 3, side, side), dtype=np.float32)
-    calls: dict[tuple[str, str], Callable[[], Any]] = {}
-    for runtime in runtimes:
+    calls: dict[tuple[str, str, str], Callable[[], Any]] = {}
+    for runtime, precision in runtimes:
+        named = runtime if precision == "float32" else f"{runtime} {precision}"
         for form, network in networks.items():
             try:
-                predict = OPENERS[runtime](network, form, side, classes, threads)
+                wanted = {} if precision == "float32" else {"precision": precision}
+                predict = OPENERS[runtime](network, form, side, classes, threads, **wanted)
                 one_by_one = form == "dynamic" and runtime != "native" and batch > 1
                 call = _caller(predict, x, one_by_one)
                 for _ in range(WARM_UP):
                     call()
-                calls[form, runtime] = call
+                calls[form, runtime, precision] = call
             except AfdsError as error:
                 result.skipped.setdefault(
-                    f"{form} in {runtime}" if "not built" not in str(error) else runtime, str(error)
+                    f"{form} in {named}" if "not built" not in str(error) else runtime, str(error)
                 )
             except Exception as error:  # a runtime that cannot run this network
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                result.skipped.setdefault(f"{form} in {runtime}", reason[:200])
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+                result.skipped.setdefault(f"{form} in {named}", reason[:200])
+    seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in calls}
     for _ in range(rounds):
         for key, call in calls.items():
             begun = time.perf_counter()
             call()
             seconds[key].append(time.perf_counter() - begun)
-    rows = [_row(form, runtime, threads, batch, times, ratios[form]) for (form, runtime), times in seconds.items()]
-    dense = [row.median_ms for row in rows if row.form == "dense"]
+    rows = [_row(*key, threads, batch, times, ratios[key[0]]) for key, times in seconds.items()]
     for row in rows:
+        dense = [other.median_ms for other in rows if other.form == "dense" and other.precision == row.precision]
         row.speedup = min(dense) / row.median_ms if dense else 0.0
         row.share = row.speedup / row.macs_ratio if row.form != "dense" and dense else None
     return rows
@@ -227,13 +236,14 @@ def _caller(predict: Predictor, x: np.ndarray, one_by_one: bool) -> Callable[[],
     return lambda: [predict(image) for image in images]
 
 
-def _row(form: str, runtime: str, threads: int, batch: int, times: list[float], ratio: float) -> Row:
+def _row(form: str, runtime: str, precision: str, threads: int, batch: int, times: list[float], ratio: float) -> Row:
     ms = sorted(1e3 * t for t in times)
 
     def at(share: float) -> float:
         return float(np.quantile(ms, share))
 
-    return Row(form, runtime, threads, batch, statistics.median(ms), at(0.25), at(0.75), at(0.9), len(ms), ratio)
+    return Row(form, runtime, threads, batch, statistics.median(ms), at(0.25), at(0.75), at(0.9), len(ms), ratio,
+               precision=precision)  # fmt: skip
 
 
 def _profile(network: nn.Module, side: int, result: Measurement) -> list[dict[str, Any]]:
@@ -250,8 +260,13 @@ def _profile(network: nn.Module, side: int, result: Measurement) -> list[dict[st
 # --- What it means
 
 
+def runtime_of(row: Row) -> str:
+    """The runtime of a row, with its precision where that is not float32."""
+    return row.runtime if row.precision == "float32" else f"{row.runtime} {row.precision}"
+
+
 def verdict(rows: Sequence[Row]) -> list[str]:
-    """One sentence for each setting, the bad news included."""
+    """One sentence for each setting, the bad news included: the fastest dense row of any precision beside the best."""
     said = []
     for threads, batch in dict.fromkeys((row.threads, row.batch) for row in rows):
         here = [row for row in rows if (row.threads, row.batch) == (threads, batch)]
@@ -260,12 +275,13 @@ def verdict(rows: Sequence[Row]) -> list[str]:
         if dense is None or best is None:
             continue
         setting = f"{threads} thread{'s' if threads > 1 else ''}, batch {batch}"
-        fastest = f"dense in {dense.runtime} takes {dense.median_ms:.1f} ms"
-        ours = f"{best.form} in {best.runtime} {best.median_ms:.1f} ms"
-        if best.speedup < WORTH_IT:
+        fastest = f"dense in {runtime_of(dense)} takes {dense.median_ms:.1f} ms"
+        ours = f"{best.form} in {runtime_of(best)} {best.median_ms:.1f} ms"
+        speedup = dense.median_ms / best.median_ms
+        if speedup < WORTH_IT:
             said.append(f"{setting}: not worth it, {fastest}, {ours}.")
         else:
-            said.append(f"{setting}: {best.speedup:.2f}x faster ({fastest}, {ours}) with {best.macs_ratio:.2f}x fewer "
+            said.append(f"{setting}: {speedup:.2f}x faster ({fastest}, {ours}) with {best.macs_ratio:.2f}x fewer "
                         "MACs.")  # fmt: skip
     return said
 

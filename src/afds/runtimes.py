@@ -26,6 +26,10 @@ from afds.export.skipping import skipping_network
 RUNTIMES = ("torch", "compiled", "onnx", "openvino", "native")
 
 
+PRECISIONS = ("float32", "bf16")
+IN_BF16 = ("openvino", "native")
+
+
 def check_runtime(name: str) -> None:
     """Refuse a runtime that is not on this machine.
 
@@ -62,16 +66,21 @@ def _onnx(network: nn.Module, form: str, side: int, classes: int, threads: int) 
     return open_onnx(onnx_bytes(network, side, classes, form == "dynamic"), threads)
 
 
-def _openvino(network: nn.Module, form: str, side: int, classes: int, threads: int) -> Predictor:
+def _openvino(
+    network: nn.Module, form: str, side: int, classes: int, threads: int, precision: str = "float32"
+) -> Predictor:
     _there("openvino", "openvino")
-    return open_openvino(onnx_bytes(network, side, classes, form == "dynamic"), threads)
+    graph = onnx_bytes(network, side, classes, form == "dynamic")
+    return open_openvino(graph, threads, "f32" if precision == "float32" else precision)
 
 
-def _native(network: nn.Module, form: str, side: int, classes: int, threads: int) -> Predictor:
+def _native(
+    network: nn.Module, form: str, side: int, classes: int, threads: int, precision: str = "float32"
+) -> Predictor:
     _built()
     from afds import runtime  # type: ignore[attr-defined]
 
-    return runtime.compile(network, input_size=side, threads=threads)
+    return runtime.compile(network, input_size=side, threads=threads, precision=precision)
 
 
 def _built() -> None:
@@ -87,6 +96,6 @@ def _there(package: str, extra: str) -> None:
             raise ConfigError(f"{name} is not installed: pip install 'afds[{extra}]'")
 
 
-OPENERS: dict[str, Callable[[nn.Module, str, int, int, int], Predictor]] = {
+OPENERS: dict[str, Callable[..., Predictor]] = {
     "torch": _torch, "compiled": _compiled, "onnx": _onnx, "openvino": _openvino, "native": _native,
 }  # fmt: skip

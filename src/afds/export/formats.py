@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from afds.errors import ExportError
+from afds.errors import ConfigError, ExportError
 
 SUFFIX = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "torch": ()}
@@ -131,7 +131,11 @@ def open_onnx(path: Path | bytes, threads: int = 0) -> Predictor:
 
 
 def open_openvino(path: Path | bytes, threads: int = 0, precision: str = "f32") -> Predictor:
-    """OpenVINO on the CPU, of an IR or an ONNX file. Its own default may be bf16, which is another network."""
+    """OpenVINO on the CPU, of an IR or an ONNX file. Its own default may be bf16, which is another network.
+
+    Raises:
+        ConfigError: it does not compute in this precision here.
+    """
     import io
 
     import openvino
@@ -141,7 +145,10 @@ def open_openvino(path: Path | bytes, threads: int = 0, precision: str = "f32") 
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
-    request = core.compile_model(model, "CPU", options).create_infer_request()
+    compiled = core.compile_model(model, "CPU", options)
+    if (got := compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()) != precision:
+        raise ConfigError(f"OpenVINO computes in {got} on this CPU, not in {precision}")
+    request = compiled.create_infer_request()
     return lambda x_BCHW: np.array(request.infer({0: x_BCHW})[0])
 
 

@@ -35,13 +35,18 @@ def table(facts: Facts) -> str:
     )
 
 
+def _runtime(row: dict[str, Any]) -> str:
+    precision = row.get("precision", "float32")  # older files have none
+    return str(row.get("runtime", "")) + ("" if precision == "float32" else f" {precision}")
+
+
 def _cells(row: dict[str, Any]) -> str:
     def shown(key: str, digits: int, unit: str = "") -> str:
         value = number(row.get(key))
         return DASH if value is None else f"{value:.{digits}f}{unit}"
 
     values = (
-        shown("threads", 0), shown("batch", 0), text(row.get("form", ""), 40), text(row.get("runtime", ""), 40),
+        shown("threads", 0), shown("batch", 0), text(row.get("form", ""), 40), text(_runtime(row), 40),
         shown("median_ms", 2), shown("p90_ms", 2), shown("speedup", 2, TIMES), shown("macs_ratio", 2, TIMES),
         shown("share", 2),
     )  # fmt: skip

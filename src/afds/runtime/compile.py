@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 Size = int | tuple[int, int]
 
 
-def make_plan(model: nn.Module, input_size: Size) -> Plan:
+PRECISIONS = ("float32", "bf16")
+
+
+def make_plan(model: nn.Module, input_size: Size, precision: str = "float32") -> Plan:
     """The plan of ``model`` (plain, or with selection at its present density) for images of one size.
 
     Args:
         input_size: pixels, one side of a square or (height, width).
+        precision: see `compile`.
     Raises:
         UnsupportedError: naming the layer that the runtime does not compute.
         SourceError: the forward cannot be traced.
@@ -32,12 +36,15 @@ def make_plan(model: nn.Module, input_size: Size) -> Plan:
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     if min(size) < 1:
         raise ConfigError(f"input_size is {input_size}; give pixels, 1 or more.")
-    return place(lower(model, size))
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
+    return place(lower(model, size, precision == "bf16"), precision)
 
 
 def compile(
-    run_or_model: Run | Model | nn.Module, *, input_size: Size | None = None, threads: int = 1, isa: str = "auto"
-) -> Executor:
+    run_or_model: Run | Model | nn.Module, *, input_size: Size | None = None, threads: int = 1, isa: str = "auto",
+    precision: str = "float32",
+) -> Executor:  # fmt: skip
     """An executor of a loaded run or of a network, at its present density.
 
     Args:
@@ -45,6 +52,8 @@ def compile(
         input_size: pixels, one side or (height, width); by default that of the run's preprocessing.
         threads: CPU threads of one call.
         isa: the instruction set, by default the fastest that this CPU has.
+        precision: `bf16` rounds weights and inputs of each convolution (depthwise ones excepted) to bf16 and sums up in
+            float32, on any CPU: the weights take half the memory, and CPUs with a fast bf16 product take less time.
     Raises:
         RuntimeMissingError: the native part was not built.
         UnsupportedError: naming the layer that the runtime does not compute; run it with PyTorch.
@@ -61,4 +70,4 @@ def compile(
         input_size = input_size or run.preprocess.input_size
     if input_size is None:
         raise ConfigError("compile needs input_size for a network that is not a run: pixels, or (height, width).")
-    return Executor(make_plan(model, input_size), threads=threads, isa=isa)
+    return Executor(make_plan(model, input_size, precision), threads=threads, isa=isa)

@@ -24,9 +24,12 @@ def is_built() -> bool:
     return _kernels is not None
 
 
-def usable_isas() -> list[str]:
-    """Instruction sets that this CPU can run, the fastest first; empty where the kernels are not built."""
-    return list(_kernels.usable_isas()) if _kernels is not None else []
+def usable_isas(precision: str = "float32") -> list[str]:
+    """Instruction sets that this CPU can run, the fastest first; empty where the kernels are not built.
+
+    For `bf16`, avx512_bf16 comes first where the CPU has it, and may still be the slower one: `auto` measures.
+    """
+    return list(_kernels.usable_isas(precision == "bf16")) if _kernels is not None else []
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Executor:
     Args:
         plan: what to compute.
         threads: CPU threads of one call.
-        isa: `auto`, or one of `usable_isas()`.
+        isa: `auto`, or one of `usable_isas(plan.precision)`.
     Raises:
         RuntimeMissingError: the native part is not built.
         ConfigError: threads or isa that cannot be; a plan that does not fit together.
@@ -70,7 +73,7 @@ class Executor:
         self.plan = replace(plan, tensors={})
         """Without the weights: the engine holds its own, and a second copy would double the memory."""
         try:
-            engine = _kernels.Engine(threads, isa)
+            engine = _kernels.Engine(threads, isa, plan.precision == "bf16")
             for buffer in plan.buffers:
                 engine.add_buffer(buffer)
             for value in plan.values:

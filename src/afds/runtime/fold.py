@@ -7,7 +7,8 @@
     predictor       h = W ((p - m) / s / sqrt(C)) + b  =  W (a p) + (b - W (a m))        a = 1 / (s sqrt(C))
 
 A static channel's pi is a constant: it goes into w' and b' as well. Weights are multiplied once, by one factor per
-row rounded to float32, so that a large network is folded in one pass over its weights. The predictor's W stays as it
+row rounded to float32, so that a large network is folded in one pass over its weights. For a product in bf16 the
+weights themselves are rounded, and that factor is kept beside them in float32. The predictor's W stays as it
 is, and its scale a is a vector of its own: where W is exact in bf16, as `fit` leaves it, the engine reads half of it.
 """
 
@@ -41,23 +42,28 @@ def _f64(x: Tensor) -> Tensor:
     return x.detach().cpu().double()
 
 
-def fold_plain(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> Folded:
+def in_pairs(conv: nn.Conv2d) -> bool:
+    """Whether a convolution can be a product of bf16 pairs: two input channels, of one group, at a time."""
+    return conv.groups == 1 or conv.in_channels // conv.groups % 2 == 0
+
+
+def fold_plain(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, bf16: bool) -> Folded:
     """A convolution and its batch norm, if it has one."""
     factor, b = _normalised(conv, norm)
     if norm is not None and norm.affine:
         gamma = _f64(norm.weight)
         factor, b = factor * gamma, b * gamma + _f64(norm.bias)
-    return Folded({"weight": _scaled(conv, factor), "bias": f32(b)}, {"rows": "all"})
+    return Folded({**_scaled(conv, factor, bf16), "bias": f32(b)}, {"rows": "all"})
 
 
-def fold_unit(unit: SelectiveConvBN) -> Folded:
+def fold_unit(unit: SelectiveConvBN, bf16: bool) -> Folded:
     """A selective unit at its present density and masks."""
     factor, b = _normalised(unit.conv, unit.norm)
     beta = _f64(unit.beta)
     gate = unit.gate
     if isinstance(gate, FollowingGate):
         gamma = _f64(gate.gamma)
-        return Folded({"weight": _scaled(unit.conv, factor * gamma), "bias": f32(b * gamma + beta)},
+        return Folded({**_scaled(unit.conv, factor * gamma, bf16), "bias": f32(b * gamma + beta)},
                       {"rows": "follow"})  # fmt: skip
     sign = _f64(gate.sign)
     constant = F.relu(_f64(gate.gamma)) * _f64(gate.kept)
@@ -67,11 +73,11 @@ def fold_unit(unit: SelectiveConvBN) -> Folded:
         wins = winner_take_all(score[None], gate.k)[0]
         pi = constant * sign * wins
         fixed = wins.nonzero().flatten().tolist()
-        return Folded({"weight": _scaled(unit.conv, factor * pi), "bias": f32(b * pi + beta)},
+        return Folded({**_scaled(unit.conv, factor * pi, bf16), "bias": f32(b * pi + beta)},
                       {"rows": "all"} if len(fixed) == len(wins) else {"rows": "fixed", "fixed": fixed})  # fmt: skip
     pi = torch.where(dynamic, torch.ones_like(constant), constant * sign)
     tensors = {
-        "weight": _scaled(unit.conv, factor * pi), "bias": f32(b * pi), "beta": f32(beta), "sign": f32(sign),
+        **_scaled(unit.conv, factor * pi, bf16), "bias": f32(b * pi), "beta": f32(beta), "sign": f32(sign),
         "constant": f32(constant * ~dynamic), "importance": f32(gate.importance),
     }  # fmt: skip
     tensors.update(_fold_predictor(gate, dynamic))
@@ -103,9 +109,13 @@ def _fold_predictor(gate: Gate, dynamic: Tensor) -> dict[str, np.ndarray]:
     return tensors if reduce is None else tensors | {"predictor_reduce": f32(reduce.T)}
 
 
-def _scaled(conv: nn.Conv2d, factor: Tensor) -> np.ndarray:
-    """The convolution's weight, row by row times ``factor``."""
-    return f32(conv.weight.detach().cpu() * factor.float()[:, None, None, None])
+def _scaled(conv: nn.Conv2d, factor: Tensor, bf16: bool) -> dict[str, np.ndarray]:
+    """The convolution's weight, row by row times ``factor``; or rounded to bf16, (out, taps, in), and the factor."""
+    weight = conv.weight.detach().cpu()
+    if not (bf16 and in_pairs(conv)):
+        return {"weight": f32(weight * factor.float()[:, None, None, None])}
+    halves = weight.flatten(2).transpose(1, 2).to(torch.bfloat16).contiguous()
+    return {"halves": halves.view(torch.int16).numpy().view(np.uint16), "factor": f32(factor)}
 
 
 def _normalised(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:

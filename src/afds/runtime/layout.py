@@ -10,6 +10,9 @@ between rows are the padding of both their neighbours. Features that ops read an
 
 Features live in buffers; a buffer is used again once its feature is dead, only by features of the same layout, so
 that the zeros around the rows are written once, at the start.
+
+For products in bf16 a feature is kept as pairs of channels where a convolution reads it so, and in float32 where
+anything else does: the residual stream is rounded only on its way into a product.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from afds.runtime.lower import Program
 from afds.runtime.plan import ACTS, Plan
 
 LINE = 16  # floats in a cache line
+PAIRS = ("none", "free", "numbers")  # the later ones are stricter
 
 
 @dataclass
@@ -46,7 +50,7 @@ def _up(n: int) -> int:
     return (n + LINE - 1) // LINE * LINE
 
 
-def place(program: Program) -> Plan:
+def place(program: Program, precision: str = "float32") -> Plan:
     """A plan: the program with a buffer for each feature."""
     features = program.features
     classes, of = _classes(program)
@@ -64,7 +68,7 @@ def place(program: Program) -> Plan:
         pooled[root[i]] |= feature.pooled
 
     plan = Plan(features[program.input].channels, features[program.input].height, features[program.input].width,
-                program.classes, program.input)  # fmt: skip
+                program.classes, program.input, precision)  # fmt: skip
     layouts = [classes[of[i]].layout() for i in range(len(features))]
     buffer = [-1] * len(features)
     owners: list[tuple[tuple[int, ...], int]] = []  # layout and last op of each buffer so far
@@ -80,8 +84,10 @@ def place(program: Program) -> Plan:
         plan.buffers[fit]["channels"] = max(plan.buffers[fit]["channels"], width[i])
         owners[fit] = (layouts[i], end[i])
         buffer[i] = fit
+    floats, pairs = _forms(program, shared)
     for i, feature in enumerate(features):
-        plan.values.append({"buffer": buffer[root[i]], "channels": feature.channels, "pooled": pooled[root[i]]})
+        plan.values.append({"buffer": buffer[root[i]], "channels": feature.channels, "pooled": pooled[root[i]],
+                            "floats": floats[i], "pairs": pairs[i]})  # fmt: skip
     for op in program.ops:
         plan.ops.append({k: ACTS.index(v) if k in ("act", "gate") else v for k, v in op.items()})
     plan.tensors = program.tensors
@@ -119,6 +125,38 @@ def _liveness(program: Program) -> tuple[dict[int, int], list[int]]:
 def _same(program: Program, op: dict[str, Any]) -> bool:
     x, y = program.features[op["x"]], program.features[op["y"]]
     return op["stride"] == 1 and (x.height, x.width) == (y.height, y.width)
+
+
+def _forms(program: Program, shared: dict[int, int]) -> tuple[list[bool], list[str]]:
+    """Of each feature whether it is kept in float32, and how its channels form bf16 pairs.
+
+    Pairs of the active channels, whichever they are (`free`), are for what one convolution alone writes; groups, and
+    memory that several ops write in turn, need pairs of fixed channel numbers.
+    """
+    floats, pairs = [False] * len(program.features), ["none"] * len(program.features)
+    floats[program.input] = True
+    for op in program.ops:
+        if op["kind"] == "linear":
+            continue
+        if op["kind"] != "conv":
+            for value in (*_reads(op), op["y"]):
+                floats[value] = True
+            continue
+        if op["residual"] >= 0:
+            floats[op["residual"]] = floats[op["y"]] = True
+        if "halves" in op:
+            pairs[op["x"]] = max(pairs[op["x"]], "free" if op["groups"] == 1 else "numbers", key=PAIRS.index)
+        else:
+            floats[op["x"]] = True
+    for op in reversed(program.ops):
+        if op["kind"] == "linear" or pairs[op["y"]] == "none" or (op["kind"] == "conv" and op["residual"] < 0):
+            continue
+        pairs[op["y"]] = "numbers"
+        if op["y"] in shared:  # what a channel was before is not always written again
+            pairs[shared[op["y"]]] = "numbers"
+    if pairs[program.input] != "none":
+        pairs[program.input] = "numbers"
+    return [f or p == "none" for f, p in zip(floats, pairs, strict=True)], pairs
 
 
 def _classes(program: Program) -> tuple[dict[int, _Class], list[int]]:

@@ -69,8 +69,10 @@ class Program:
     classes: int = 0
 
 
-def lower(model: nn.Module, size: tuple[int, int]) -> Program:
+def lower(model: nn.Module, size: tuple[int, int], bf16: bool = False) -> Program:
     """The ops of ``model`` (plain, or with selection in it) in eval mode, for images of ``size`` (height, width).
+
+    bf16: convolutions as products of bf16 pairs, where they can be.
 
     Raises:
         UnsupportedError: naming the layer that the runtime does not compute.
@@ -79,16 +81,17 @@ def lower(model: nn.Module, size: tuple[int, int]) -> Program:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return _Lowering(trace(model), size).run()
+        return _Lowering(trace(model), size, bf16).run()
     finally:
         for module, mode in modes:
             module.training = mode
 
 
 class _Lowering:
-    def __init__(self, gm: fx.GraphModule, size: tuple[int, int]) -> None:
+    def __init__(self, gm: fx.GraphModule, size: tuple[int, int], bf16: bool) -> None:
         self.gm = gm
         self.size = size
+        self.bf16 = bf16
         self.program = Program()
         self.env: dict[fx.Node, Any] = {}
 
@@ -165,7 +168,7 @@ class _Lowering:
     def _module(self, node: fx.Node, module: nn.Module) -> None:
         kind = type(module).__name__
         if isinstance(module, SelectiveConvBN):
-            self.env[node] = self._conv(node, module.conv, fold_unit(module), str(node.target))
+            self.env[node] = self._conv(node, module.conv, fold_unit(module, self.bf16), str(node.target))
             if module.gate.__class__.__name__ == "Gate":
                 self.program.features[self.program.ops[-1]["x"]].pooled |= self.program.ops[-1]["rows"] == "dynamic"
         elif isinstance(module, nn.Conv2d):
@@ -218,7 +221,7 @@ class _Lowering:
         if norm_node is not None and norm_node.op == "call_module":
             follower = self.gm.get_submodule(str(norm_node.target))
             norm = follower if isinstance(follower, nn.BatchNorm2d) else None
-        self.env[node] = y = self._conv(node, conv, fold_plain(conv, norm), str(node.target))
+        self.env[node] = y = self._conv(node, conv, fold_plain(conv, norm, self.bf16), str(node.target))
         if norm is not None and norm_node is not None:
             self.env[norm_node] = y
             act = getattr(norm, "act", None)
@@ -401,7 +404,7 @@ class _Lowering:
             kind = type(act).__name__
             if kind not in ACT_MODULES:
                 raise self._refuse(node, f"{kind} in it")
-            x = self._conv(node, conv, fold_plain(conv, None), f"{node.target}.{name}", x)
+            x = self._conv(node, conv, fold_plain(conv, None, self.bf16), f"{node.target}.{name}", x)
             self._set_act(self.program.ops[-1], x, ACT_MODULES[kind])
         self.env[node] = x
 

@@ -20,11 +20,11 @@ from safetensors.numpy import load_file, save_file
 
 from afds.errors import RunFolderError
 
-FORMAT = 2
+FORMAT = 3
 ACTS = ("none", "relu", "relu6", "silu", "hardswish", "sigmoid", "hardsigmoid")  # as in kernels/table.h
 TENSORS = {  # fields of an op that name a tensor
-    "conv": ("weight", "bias", "beta", "predictor_weight", "predictor_bias", "predictor_reduce", "predictor_scale",
-             "constant", "importance", "sign"),
+    "conv": ("weight", "halves", "factor", "bias", "beta", "predictor_weight", "predictor_bias", "predictor_reduce",
+             "predictor_scale", "constant", "importance", "sign"),
     "se": ("weight1", "bias1", "weight2", "bias2"),
     "linear": ("weight", "bias"),
 }  # fmt: skip
@@ -40,11 +40,13 @@ class Plan:
     classes: int
     input: int
     """The value that holds the image."""
+    precision: str = "float32"
+    """Of the convolutions' products: float32, or bf16 with sums in float32."""
     buffers: list[dict[str, int]] = field(default_factory=list)
     values: list[dict[str, Any]] = field(default_factory=list)
     ops: list[dict[str, Any]] = field(default_factory=list)
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
-    """float32, by the names that the ops use."""
+    """float32, or the bits of bf16 as uint16; by the names that the ops use."""
 
     def save(self, folder: Path | str) -> None:
         """`plan.json` and `plan.safetensors` in ``folder``."""
