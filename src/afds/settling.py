@@ -65,8 +65,8 @@ def choose(
         d = min(1.0, float(logs.mean().exp()))
         total_C = torch.stack([worth[name].double() for name in names]).sum(0)
         k = winners(d, len(total_C))
-        if len(total_C) >= COARSE * multiple_of:
-            k = min(len(total_C), multiple_of * max(1, round(d * len(total_C) / multiple_of)))
+        if len(total_C) >= COARSE * multiple_of and k > multiple_of:  # below that, rounding would shut budgets out
+            k = min(len(total_C), multiple_of * round(d * len(total_C) / multiple_of))
         best = total_C.topk(k).indices
         for name in names:
             gate = chosen[name]
