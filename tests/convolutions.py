@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import nn
+
+from afds.cost import CostMeter
+from afds.runtime import Executor
+from afds.selection import gates
+
+
+def check_equal(executor: Executor, reference: nn.Module, x_BCHW: torch.Tensor, tolerance: float) -> None:
+    """Equal logits within a share of the largest, equal active channels and equal MACs, image by image."""
+    got, macs = executor.counted(x_BCHW.numpy())
+    meter = CostMeter(reference)
+    for i in range(len(x_BCHW)):
+        want, cost = meter(x_BCHW[i : i + 1])
+        assert np.abs(got[i] - want.numpy()).max() <= tolerance * max(1e-3, float(want.abs().max()))
+        assert macs[i] == round(cost.counted)
+        chosen = executor.chosen(x_BCHW[i : i + 1].numpy())
+        for name, gate in gates(reference).items():
+            assert gate.active_BC is not None
+            assert chosen[name].tolist() == gate.active_BC[0].nonzero().flatten().tolist(), name
 
 
 class Small(nn.Module):

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import afds.runtime as runtime
-from afds.cost import CostMeter
 from afds.errors import ConfigError, RunFolderError
 from afds.selection import SelectionConfig, gates, round_predictors, select, set_density
-from convolutions import Small, cases
+from convolutions import Small, cases, check_equal
 from networks import randomise_bn, train_like
 
 pytestmark = pytest.mark.skipif(not runtime.is_built(), reason="afds was installed without its native runtime")
@@ -27,17 +26,8 @@ def check(
 ) -> None:
     """Equal logits, equal active channels and equal MACs, image by image."""
     executor = runtime.compile(model, input_size=tuple(x_BCHW.shape[2:]), threads=threads, isa=isa)
-    got = executor(x_BCHW.numpy())
-    macs = executor.counted_macs(x_BCHW.numpy())
-    meter = CostMeter(model)
-    for i in range(len(x_BCHW)):
-        want, cost = meter(x_BCHW[i : i + 1])
-        assert np.abs(got[i] - want.numpy()).max() <= tolerance * max(1e-3, float(want.abs().max()))
-        assert macs[i] == round(cost.counted)
-        chosen = executor.chosen(x_BCHW[i : i + 1].numpy())
-        for name, gate in gates(model).items():
-            assert gate.active_BC is not None
-            assert chosen[name].tolist() == gate.active_BC[0].nonzero().flatten().tolist(), name
+    assert np.array_equal(executor(x_BCHW.numpy()), executor.counted(x_BCHW.numpy())[0])
+    check_equal(executor, model, x_BCHW, tolerance)
 
 
 @settings(max_examples=30)

@@ -24,7 +24,7 @@ from afds.cost import CostMeter
 from afds.errors import ConfigError
 from afds.runtime.fold import in_pairs
 from afds.selection import SelectionConfig, gates, round_predictors, select, set_density
-from convolutions import Small, cases
+from convolutions import Small, cases, check_equal
 from networks import randomise_bn, train_like
 from runs import write_photos, write_run
 
@@ -55,17 +55,7 @@ def error(got: np.ndarray, want: torch.Tensor) -> float:
 def check(model: nn.Module, x_BCHW: torch.Tensor, *, threads: int = 1, isa: str = "auto") -> None:
     """Equal logits, equal active channels and equal MACs, image by image."""
     executor = runtime.compile(model, input_size=tuple(x_BCHW.shape[2:]), threads=threads, isa=isa, precision="bf16")
-    got, macs = executor.counted(x_BCHW.numpy())
-    reference = rounded(model)
-    meter = CostMeter(reference)
-    for i in range(len(x_BCHW)):
-        want, cost = meter(x_BCHW[i : i + 1])
-        assert error(got[i : i + 1], want) <= 1e-3
-        assert macs[i] == round(cost.counted)
-        chosen = executor.chosen(x_BCHW[i : i + 1].numpy())
-        for name, gate in gates(reference).items():
-            assert gate.active_BC is not None
-            assert chosen[name].tolist() == gate.active_BC[0].nonzero().flatten().tolist(), name
+    check_equal(executor, rounded(model), x_BCHW, 1e-3)
 
 
 @settings(max_examples=40)

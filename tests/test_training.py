@@ -171,6 +171,45 @@ def test_a_settled_run_is_narrow_resumes_and_keeps_no_more_than_it_computes(
     assert same[0] == same[1]
 
 
+def test_a_settled_run_resumes_where_some_layers_cannot_be_cut(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RegNet's grouped convolutions keep their widths; what loses there loses its predictor's row all the same."""
+    weights = tmp_path / "weights"
+    regnet = {"source": "regnetx_002", "arch_args": "{}", "optim": OptimConfig(epochs=2, batch_size=8)}
+    fit(options(digits, weights, method="scratch+dense", budget="", **regnet), quiet=True)
+    settled = DescentConfig(images=8, reconstruct=16, trials=0)
+    config = options(digits, tmp_path / "run", method="afds", budget="2x",
+                     **{**regnet, "source": str(weights), "descent": settled})  # fmt: skip
+
+    def interrupt(self: object, event: dict[str, Any]) -> None:
+        if event.get("step") == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting.Progress, "update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config, quiet=True)
+    assert fit(FitConfig(resume=tmp_path / "run"), quiet=True).cost.ratio >= 2
+    kept = gates(load_run(tmp_path / "run").model).values()
+    assert any(not bool(gate.kept.all()) for gate in kept)
+
+
+@pytest.mark.parametrize("changes", [{"allocation": "uniform"}, {"allocation": "stream"}, {"allocation": "importance"},
+                                     {"reconstruct": 0}])  # fmt: skip
+def test_every_way_to_settle_meets_the_budget(digits: Path, finished: Path, tmp_path: Path, changes: Any) -> None:
+    weights = tmp_path / "weights"
+    fit(
+        options(digits, weights, method="scratch+dense", budget="", optim=OptimConfig(epochs=1, batch_size=8)),
+        quiet=True,
+    )
+    settled = DescentConfig(**{"images": 8, "reconstruct": 16, "trials": 1, **changes})
+    result = fit(options(digits, tmp_path / "run", method="afds", source=str(weights), budget="3x", descent=settled,
+                         optim=OptimConfig(epochs=1, batch_size=8)), quiet=True)  # fmt: skip
+    assert result.cost.ratio >= 3
+    assert bool(lines(tmp_path / "run", "stage")[0]["unexplained"]) == (settled.reconstruct > 0)
+
+
 def test_source_step_runs_first_with_selection(digits: Path, tmp_path: Path) -> None:
     other = write_digits(tmp_path / "target", range(3, 5), per_class=10, test_per_class=5)
     out = tmp_path / "run"

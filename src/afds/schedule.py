@@ -117,13 +117,7 @@ def solve(
 
     Args:
         batches: images (B, 3, H, W) on which the cost is counted.
-        upper: do not look above this t: the density only falls.
-        steps: halvings of the interval of log t.
-        place: how densities are put into the model.
-    Returns:
-        t; the model's densities are set accordingly.
-    Raises:
-        BudgetError: one channel in every layer still costs more.
+        upper, steps, place: as of `search`, which says what comes back and what is raised.
     """
 
     meter = CostMeter(model)

@@ -167,8 +167,8 @@ class Setup:
             layers = balance.layers_of(network, tied)
             rule = balance.start(1 + max(stage for stage, _ in layers.values()))
             alike = {name: torch.ones(gate.sign.numel()) for name, gate in gates(network).items()}
-            eights = self.config.descent.multiple_of
-            return balance.allocation(rule, layers), lambda m, d: choose(m, d, alike, tied, multiple_of=eights)
+            multiple = self.config.descent.multiple_of
+            return balance.allocation(rule, layers), lambda m, d: choose(m, d, alike, tied, multiple_of=multiple)
         return (sparing_stream if self.config.descent.allocation == "stream" else uniform)(network), set_density
 
     def _cheaper(self, whole: nn.Module, compression: str, transfer: str) -> nn.Module:

@@ -102,7 +102,7 @@ def settle_winners(fabric: Fabric, plan: Plan, state: State, step: int, record: 
         alone = fabric.is_global_zero  # rank 0 alone holds the stopwatch
         t = solve_latency(network, allocation, plan.ms, plan.stopwatch, place=place) if alone else 0.0
     else:
-        t = solve(network, allocation, descent.ratio, [plan.probe[0][:1]], steps=14, place=place)
+        t = solve(network, allocation, descent.ratio, plan.probe, steps=14, place=place)
     _agree(fabric, network)
     chosen = densities(network)
     state.settle()

@@ -58,7 +58,8 @@ class State:
         self.stage = 0
         self.importance: Importance | None = None
         self.kept: Kept = {}
-        self.settled: dict[str, Tensor] = {}  # channels of each unit that settling has left
+        self.chosen: dict[str, Tensor] = {}  # channels of each unit that settling has kept ...
+        self.settled: dict[str, Tensor] = {}  # ... and those it has left: more where a layer's cannot be cut
 
     def start(self, fabric: Fabric) -> tuple[Any, Any]:
         """The task and a fresh optimizer over its parameters as they now are, set up by Fabric."""
@@ -85,6 +86,7 @@ class State:
 
     def settle(self) -> None:
         """Cut away what is not kept; the optimizer starts afresh, as nothing of what it remembers is true any more."""
+        self.chosen = {name: gate.kept.nonzero().flatten().cpu() for name, gate in gates(self.task.network).items()}
         self.settled = settle(self.task.network)
         self._follow()
 
@@ -101,10 +103,10 @@ class State:
 
     def restore_shape(self, saved: dict[str, Any]) -> None:
         """Give the network the widths that it was saved with, before an optimizer holds its parameters."""
-        if saved.get("settled"):
+        if saved.get("chosen"):
             for name, gate in gates(self.task.network).items():
                 gate.kept.fill_(False)
-                gate.kept[saved["settled"][name].to(gate.kept.device)] = True
+                gate.kept[saved["chosen"][name].to(gate.kept.device)] = True
             self.settle()
         if saved.get("kept"):
             narrow(self.task.network, saved["widths"])
@@ -126,7 +128,7 @@ class State:
             "importance": (self.importance.taylor, self.importance.weight) if self.importance else None,
             "kept": {name: (channels.out, channels.in_) for name, channels in self.kept.items()},
             "widths": widths(self.task.network) if self.kept else {},
-            "settled": self.settled,
+            "chosen": self.chosen,
         }  # fmt: skip
 
     def load(self, saved: dict[str, Any]) -> None:
