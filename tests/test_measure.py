@@ -95,6 +95,8 @@ def row(form: str, ms: float, speedup: float = 1.0) -> Row:
 def test_not_worth_it_is_said() -> None:
     (said,) = verdict([row("dense", 10), row("dynamic", 9.8, 1.02)])
     assert "not worth it" in said
+    (said,) = verdict([row("dense", 10), row("dynamic", 9.8, 1.02), row("static", 2, 5)])
+    assert "not worth it" in said  # the accuracy that stands beside it is not the static network's
     (said,) = verdict([row("dense", 10), row("dynamic", 4, 2.5)])
     assert "2.50x faster" in said
     assert "5.00x fewer" in said

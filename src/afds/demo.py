@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from afds.artifact import is_run
-from afds.config import DataConfig, DescentConfig, FitConfig, OptimConfig
+from afds.config import DataConfig, DescentConfig, FitConfig, OptimConfig, RecoveryConfig
 from afds.data import write_digits
 from afds.errors import ConfigError
 from afds.fitting import FitResult, fit, read_result
@@ -25,6 +25,11 @@ from afds.fitting import FitResult, fit, read_result
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "stem_width": 16}'
 ROWS = (("scratch", "scratch", "1x"), ("plain fine-tuning", "l2+dense", "1x"),
         ("AFDS", "afds", "1x"), ("AFDS", "afds", "2x"), ("AFDS", "afds", "5x"))  # fmt: skip
+
+
+# Sixty steps in all: AdamW at its default rate, made for thousands of them, hardly moves. Chosen on another draw of the
+# digits: 87.5 % at 5x (four seeds) against 80.5 % of the default (docs/accuracy.md).
+RECOVERY = RecoveryConfig(optimizer="sgd", lr=0.05, weight_decay=5e-4, mixup=0.0, hints=1.0)
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def demo(config: DemoConfig) -> Path:
                 source=_source(config, method, budget, seed),
                 arch_args=ARCH, out=config.out / "runs" / name, data_options=data_options,
                 optim=OptimConfig(epochs=config.epochs, batch_size=8, lr=0.05),
-                descent=DescentConfig(stages=8),
+                descent=DescentConfig(stages=8), recovery=RECOVERY,
             )  # fmt: skip
             results.append(_once(run))
         table.add_row(label, budget, _spread([r.test.top1 for r in results if r.test]),

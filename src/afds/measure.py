@@ -271,7 +271,8 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     for threads, batch in dict.fromkeys((row.threads, row.batch) for row in rows):
         here = [row for row in rows if (row.threads, row.batch) == (threads, batch)]
         dense = min((r for r in here if r.form == "dense"), key=lambda r: r.median_ms, default=None)
-        best = min((r for r in here if r.form != "dense"), key=lambda r: r.median_ms, default=None)
+        run = [r for r in here if r.form == "dynamic"]  # a static network is another one, with an accuracy of its own
+        best = min(run or [r for r in here if r.form != "dense"], key=lambda r: r.median_ms, default=None)
         if dense is None or best is None:
             continue
         setting = f"{threads} thread{'s' if threads > 1 else ''}, batch {batch}"
