@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def test_afds_goes_through_a_dense_base_and_keeps_its_classifier(digits: Path, f
 
 
 def test_a_settled_run_is_narrow_resumes_and_keeps_no_more_than_it_computes(
-    digits: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = tmp_path / "weights"
     fit(options(digits, weights, method="scratch+dense", budget=""), quiet=True)
@@ -147,14 +148,19 @@ def test_a_settled_run_is_narrow_resumes_and_keeps_no_more_than_it_computes(
     def config(out: Path) -> FitConfig:
         return options(digits, out, method="afds", source=str(weights), budget="2x", descent=settled)
 
-    fit(config(tmp_path / "whole"), quiet=True)
+    fit(config(tmp_path / "whole"))
     assert len(lines(tmp_path / "whole", "trial")) == 3
     (stage,) = lines(tmp_path / "whole", "stage")
+    said = capsys.readouterr().err
+    stay, all_channels = map(int, re.search(r"\n(\d+) of (\d+) channels stay, ", said).groups())  # type: ignore[union-attr]
+    assert "Choosing the channels that stay ..." in said
+    assert f"{stage['ratio']:.2f}x fewer MACs" in said
     assert stage["ratio"] >= 2
     assert stage["unexplained"]
     model = load_run(tmp_path / "whole").model
     chosen = gates(model)
     assert all(gate.k == gate.sign.numel() for gate in chosen.values())
+    assert sum(gate.sign.numel() for gate in chosen.values()) == stay < all_channels
     assert any(gate.sign.numel() < full for gate, full in zip(chosen.values(), [8] * 20, strict=False))
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in load_run(weights).model.parameters())
 

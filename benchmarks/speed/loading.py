@@ -4,7 +4,7 @@
 
     python benchmarks/speed/loading.py --arch resnet50
 
-A run folder with random weights and selection (density 0.25 is about 10x fewer MACs), one of the same network dense,
+Run folders with random weights, settled and choosing at the ratio (networks.py), one of the same network dense,
 and the dense network as ONNX, are opened by a process of their own each, in turn. Seconds: `import` of everything that
 is needed, apart; then `load` (read and check the file), `compile` and `first`, the first prediction; `next` is the one
 after it. Memory in MiB (Linux): `held` is how much the resident set has grown since the imports when the network has
@@ -28,9 +28,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 SUBJECTS = (
-    "afds selecting",
+    "afds settled",
+    "afds choosing",
     "afds dense",
-    "afds selecting bf16",
+    "afds settled bf16",
+    "afds choosing bf16",
     "afds dense bf16",
     "ONNX Runtime dense",
     "OpenVINO dense",
@@ -41,7 +43,7 @@ MIB = 2**20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="resnet50")
-    parser.add_argument("--density", type=float, default=0.25)
+    parser.add_argument("--ratio", type=float, default=10.0, help="how many times fewer MACs")
     parser.add_argument("--size", type=int, default=224, help="pixels, a side of the square image")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
@@ -54,7 +56,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         files = args.keep or Path(folder)
         if not (files / "dense.onnx").exists():
-            make_files(files, args.arch, args.density, args.size)
+            make_files(files, args.arch, args.ratio, args.size)
         command = [sys.executable, __file__, "--keep", str(files), "--size", str(args.size),
                    "--threads", str(args.threads)]  # fmt: skip
         found: dict[str, list[dict[str, float]]] = {subject: [] for subject in SUBJECTS}
@@ -71,21 +73,16 @@ def main() -> None:
                                              for c, v in values.items()) + " |")  # fmt: skip
 
 
-def make_files(out: Path, arch: str, density: float, size: int) -> None:
-    from speed import make_run  # first: it makes torchvision importable beside a CPU-only torch
+def make_files(out: Path, arch: str, ratio: float, size: int) -> None:
+    import networks  # first: it makes torchvision importable beside a CPU-only torch
+    from speed import make_run
 
     # isort: split
-    import timm
-
-    from afds.artifact import load_run, save_run
     from afds.export.formats import onnx_bytes
 
-    make_run(arch, out / "selecting", density, size)
-    run = load_run(out / "selecting")
-    dense = timm.create_model(arch, num_classes=len(run.labels)).eval()
-    save_run(out / "dense", model=dense, arch=arch, arch_args=run.arch_args, num_classes=len(run.labels),
-             selection=None, labels=run.labels, preprocess=run.preprocess, summary={})  # fmt: skip
-    (out / "dense.onnx").write_bytes(onnx_bytes(dense, size, len(run.labels), False))
+    for kind in ("settled", "choosing", "dense"):
+        make_run(arch, kind, ratio, out / kind, size)
+    (out / "dense.onnx").write_bytes(onnx_bytes(networks.dense(arch, size), size, networks.CLASSES, False))
 
 
 def opened(subject: str, files: Path, size: int, threads: int) -> dict[str, float]:

@@ -4,12 +4,12 @@
 
     python benchmarks/speed/runtime.py --archs resnet18 resnet50 --ratios 5 10 --threads 1 2 --precisions float32 bf16
 
-Networks with random weights and predictors that choose differently for each image; uniform densities, solved for the
-ratio of counted MACs, predictors included. All runtimes take turns in one process: in each round each one runs once
-untimed and five times timed. Batch 1. A row's speed-up is that over the fastest dense peer of the same precision
-(ONNX Runtime is timed in float32 only). `--static`: also the same network with its selection frozen to the winners of
-one image and compacted. Needs `pip install -c constraints.txt onnx onnxscript onnxruntime openvino`;
-what is not installed is left out, and said.
+Networks with random weights, of two kinds (networks.py): `settled`, today's default, and `choosing`, with predictors
+that choose differently for each image, at uniform densities; both at the ratio of counted MACs, predictors included.
+All runtimes take turns in one process: in each round each one runs once untimed and five times timed. Batch 1. A row's
+speed-up is that over the fastest dense peer of the same precision (ONNX Runtime is timed in float32 only). `--static`:
+also the choosing network with its selection frozen to the winners of one image and compacted. Needs
+`pip install -c constraints.txt onnx onnxscript onnxruntime openvino`; what is not installed is left out, and said.
 """
 
 from __future__ import annotations
@@ -27,16 +27,14 @@ import afds  # first: it makes torchvision importable beside a CPU-only torch
 
 # isort: split
 import numpy as np
-import timm
 import torch
 from torch import nn
 
 import afds.runtime
+import networks
 from afds.compaction import static
 from afds.cost import CostMeter
 from afds.hardware import _cpu_name
-from afds.schedule import solve, uniform
-from afds.selection import SelectionConfig, gates, round_predictors
 
 Runner = Callable[[np.ndarray], object]
 SHORT = {"float32": "f32", "bf16": "bf16"}
@@ -46,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[5.0, 10.0])
+    parser.add_argument("--kinds", nargs="+", choices=["settled", "choosing"], default=["settled", "choosing"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--size", type=int, default=224, help="pixels, a side of the square image")
     parser.add_argument("--predictor", choices=["full", "low-rank"], default="full")
@@ -58,40 +57,17 @@ def main() -> None:
     args = parser.parse_args()
     print(f"{_cpu_name()}, {platform.system()}, batch 1, {args.size} px, predictors: {args.predictor}")
     for arch in args.archs:
-        models = {"dense": (dense(arch, args.size), 1.0)}
+        models = {"dense": (networks.dense(arch, args.size), 1.0)}
         x = torch.randn(1, 3, args.size, args.size)
         for ratio in args.ratios:
-            model, counted = sparse(models["dense"][0], ratio, x, args.predictor)
-            models[f"{ratio:g}x"] = (model, counted)
+            for kind in args.kinds:
+                models[f"{ratio:g}x {kind}"] = getattr(networks, kind)(models["dense"][0], ratio, x, args.predictor)
             if args.static:
-                frozen = static(model, [x])
+                frozen = static(networks.choosing(models["dense"][0], ratio, x, args.predictor)[0], [x])
                 models[f"{ratio:g}x static"] = (frozen, CostMeter(models["dense"][0]).mean([x]).counted
                                                 / CostMeter(frozen).mean([x]).counted)  # fmt: skip
         for threads in args.threads:
             compare(arch, models, x.numpy(), threads, args)
-
-
-def dense(arch: str, size: int) -> nn.Module:
-    """A network with random weights whose batch norms have seen images, so that its features are alive."""
-    torch.manual_seed(0)
-    model = timm.create_model(arch, num_classes=101)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.ones_(module.weight)
-            module.momentum = None
-    with torch.no_grad():
-        model.train()(torch.randn(2, 3, size, size))
-    return model.eval()
-
-
-def sparse(model: nn.Module, ratio: float, x: torch.Tensor, predictor: str) -> tuple[nn.Module, float]:
-    """Selection at uniform densities that cost 1 / ratio, and the ratio counted on ``x``."""
-    selective = afds.select(model, SelectionConfig(predictor=predictor)).eval()  # type: ignore[arg-type]
-    for gate in gates(selective).values():
-        nn.init.normal_(gate.predictor.weight, std=0.3)
-    round_predictors(selective)  # as `fit` does
-    solve(selective, uniform(selective), ratio, [x])
-    return selective, CostMeter(selective).mean([x]).ratio
 
 
 Row = tuple[str, str, float]  # runtime and network, precision, MACs ratio

@@ -50,7 +50,14 @@ class Progress:
             self._bar.stop()
 
     def update(self, event: dict[str, Any]) -> None:
-        """Events of training.py: after each step, and after each epoch."""
+        """Events of training.py: after each step, and after each epoch; of stages.py: while channels are chosen."""
+        if "settling" in event:
+            self._settling(event["settling"], event["of"])
+            return
+        if "settled" in event:
+            self.say(f"{event['stay']} of {event['channels']} channels stay, {event['settled']:.2f}x fewer MACs; "
+                     f"chosen and refitted in {_clock(event['seconds'])}")  # fmt: skip
+            return
         if "done" in event:
             self.say(
                 f"epoch {event['epoch'] + 1:3d}/{event['epochs']}  {event['phase']:<7}  "
@@ -71,6 +78,13 @@ class Progress:
             total=event["steps"], facts=f"loss {event['loss']:.3f}  {self._images / elapsed:.0f} images/s  "
             f"{event['wait_share']:.0%} waiting  {_clock(left)} left",
         )  # fmt: skip
+
+    def _settling(self, tried: int, trials: int) -> None:
+        if self._bar is not None:
+            facts = "" if tried < 1 or trials < 1 else f"way {tried} of sharing out the density tried"
+            self._bar.update(self._task, description="choosing channels", completed=tried, total=trials, facts=facts)
+        elif tried == 0:
+            self.say("Choosing the channels that stay ...")
 
 
 def _clock(seconds: float) -> str:

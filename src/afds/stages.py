@@ -10,7 +10,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -31,6 +33,8 @@ from afds.schedule import Allocation, Place, solve, sparing_stream, uniform
 from afds.selection import densities, gates, set_density
 from afds.settling import choose, tied_units
 from afds.state import Plan, State
+
+Tell = Callable[[dict[str, Any]], None]  # progress.py listens
 
 TRIED = 4  # a trial of how to share out the densities refits on every so manieth image
 
@@ -84,11 +88,15 @@ def descend(fabric: Fabric, plan: Plan, state: State, step: int, record: Record,
         network.train()
 
 
-def settle_winners(fabric: Fabric, plan: Plan, state: State, step: int, record: Record, epoch: int) -> bool:
+def settle_winners(
+    fabric: Fabric, plan: Plan, state: State, step: int, record: Record, epoch: int, progress: Tell
+) -> bool:
     """Before the first step: choose the channels that stay, cut the others away, refit; whether that was done."""
     descent, network, d = plan.descent, state.task.network, plan.config.descent
     if descent is None or not descent.settles or state.stage > 0:
         return False
+    started = time.perf_counter()
+    progress({"settling": 0, "of": d.trials})
     network.eval()
     refit = Reconstruction(plan.reference, plan.refit_on) if plan.reference is not None and plan.refit_on else None
     importance = estimate(network, plan.labelled)
@@ -97,7 +105,7 @@ def settle_winners(fabric: Fabric, plan: Plan, state: State, step: int, record: 
     def place(model: nn.Module, density: dict[str, float]) -> None:
         choose(model, density, importance.taylor, tied, multiple_of=d.multiple_of)
 
-    allocation = _allocation(plan, state, importance, refit, place, tied, record)
+    allocation = _allocation(plan, state, importance, refit, place, tied, record, progress)
     if plan.ms is not None and plan.stopwatch is not None:
         alone = fabric.is_global_zero  # rank 0 alone holds the stopwatch
         t = solve_latency(network, allocation, plan.ms, plan.stopwatch, place=place) if alone else 0.0
@@ -113,6 +121,8 @@ def settle_winners(fabric: Fabric, plan: Plan, state: State, step: int, record: 
     cost = CostMeter(network)(plan.probe[0][:1])[1]
     record.write("stage", epoch=epoch, step=step, target_ratio=descent.ratio, ratio=cost.ratio, t=t, densities=chosen,
                  thresholds={}, unexplained=unexplained, **mask_counts(network))  # fmt: skip
+    stay, channels = sum(len(out) for out in state.settled.values()), sum(importance.taylor[n].numel() for n in chosen)
+    progress({"settled": cost.ratio, "stay": stay, "channels": channels, "seconds": time.perf_counter() - started})
     state.stage += 1
     network.train()
     return True
@@ -120,7 +130,7 @@ def settle_winners(fabric: Fabric, plan: Plan, state: State, step: int, record: 
 
 def _allocation(
     plan: Plan, state: State, importance: Importance, refit: Reconstruction | None,
-    place: Place, tied: Sequence[tuple[str, ...]], record: Record,
+    place: Place, tied: Sequence[tuple[str, ...]], record: Record, progress: Tell,
 ) -> Allocation:  # fmt: skip
     """The path of densities along which the network settles."""
     network, d, ratio = state.task.network, plan.config.descent, plan.descent.ratio if plan.descent else 1.0
@@ -145,7 +155,12 @@ def _allocation(
         except BudgetError:
             return math.inf
 
+    tried = 0
+
     def told(exponents: balancing.Exponents, divergence: float) -> None:
+        nonlocal tried
+        tried += 1
+        progress({"settling": tried, "of": d.trials})
         record.write("trial", stream=exponents.stream, stages=exponents.stages, divergence=divergence)
 
     return balancing.allocation(balancing.balance(judge, stages, d.trials, told), layers)

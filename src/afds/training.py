@@ -57,9 +57,8 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
         task.train()
         for x_BCHW, y_B in timed:
             descend(fabric, plan, state, step, record, epoch)
-            if settle_winners(fabric, plan, state, step, record, epoch) or cut_channels(
-                plan, state, step, record, epoch
-            ):
+            settled = settle_winners(fabric, plan, state, step, record, epoch, progress)
+            if settled or cut_channels(plan, state, step, record, epoch):
                 wrapped, optimizer = state.start(fabric)
             x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
             rate = learning_rate(step, plan.epochs * plan.steps_per_epoch, c.optim)

@@ -1,0 +1,78 @@
+"""Networks with random weights that cost what trained ones do: for timing, which depends on shapes and not on values.
+
+::
+
+    dense      as timm builds it; batch norms have seen an image, so that features are alive
+    settled    today's default: one set of channels for all images, the rest cut away, predicted scales kept
+    choosing   `--descent.no-settle`, the paper's way: every image has winners of its own
+"""
+
+from __future__ import annotations
+
+import afds  # first: it makes torchvision importable beside a CPU-only torch
+
+# isort: split
+import timm
+import torch
+from torch import Tensor, nn
+
+from afds import balance
+from afds.cost import CostMeter
+from afds.schedule import solve, uniform
+from afds.selection import SelectionConfig, gates, round_predictors
+from afds.settling import choose, settle, tied_units
+
+CLASSES = 101
+
+
+def dense(arch: str, size: int) -> nn.Module:
+    """Eval mode; ``size``: pixels, a side of the square image."""
+    torch.manual_seed(0)
+    model = timm.create_model(arch, num_classes=CLASSES)
+    _see(model, size)
+    return model
+
+
+def choosing(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "full") -> tuple[nn.Module, float]:
+    """Selection at uniform densities that cost 1 / ``ratio``, and the ratio counted on ``x_BCHW``."""
+    selective = _selective(model, predictor)
+    solve(selective, uniform(selective), ratio, [x_BCHW])
+    return selective, CostMeter(selective).mean([x_BCHW]).ratio
+
+
+def settled(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "full") -> tuple[nn.Module, float]:
+    """Densities shared out by the fixed rule that `fit` starts from, channels drawn at random, the rest cut away."""
+    selective = _selective(model, predictor)
+    tied = tied_units(selective)
+    layers = balance.layers_of(selective, tied)
+    stages = 1 + max(stage for stage, _ in layers.values())
+    path = balance.allocation(balance.start(stages), layers)
+    worth = {name: torch.rand_like(gate.importance) for name, gate in gates(selective).items()}
+
+    def place(network: nn.Module, density: dict[str, float]) -> None:
+        choose(network, density, worth, tied, multiple_of=8)
+
+    solve(selective, path, ratio, [x_BCHW], place=place)
+    settle(selective)
+    _see(selective, x_BCHW.shape[-1])
+    return selective, CostMeter(selective).mean([x_BCHW]).ratio
+
+
+def _selective(model: nn.Module, predictor: str) -> nn.Module:
+    selective = afds.select(model, SelectionConfig(predictor=predictor)).eval()  # type: ignore[arg-type]
+    for gate in gates(selective).values():
+        nn.init.normal_(gate.predictor.weight, std=0.3)
+    round_predictors(selective)  # as `fit` does
+    return selective
+
+
+@torch.no_grad()
+def _see(model: nn.Module, size: int) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            if module.affine:
+                nn.init.ones_(module.weight)
+            module.momentum = None
+            module.reset_running_stats()
+    model.train()(torch.randn(2, 3, size, size))
+    model.eval()
