@@ -71,6 +71,8 @@ float step_cost(int r, int v) {
   return std::max({r * v * 0.5f, (r + 2 * v + 2) * 0.5f, 4.0f}) + 0.25f;
 }
 
+constexpr float kFarLine = 8.0f;  // cycles that a cache line from another core, or from memory, costs beside the product
+
 struct Split {
   int rows, vecs;
   float cost;
@@ -1043,8 +1045,13 @@ void Engine::tiles(const Run &run, const Conv &c) const {
       groups = share(c.groups, run.t, run.n);
     } else {
       const int rows = std::max(1, ws.n_rows / c.groups);
-      const float cut_px = best_split(table_, rows, (vecs + run.n - 1) / run.n).cost;
-      const float cut_rows = best_split(table_, (rows + run.n - 1) / run.n, vecs).cost;
+      // Cut by pixels each thread reads all weights; cut by rows it reads all pixels, which another thread has just
+      // written and holds in its cache, and leaves the next layer its own in the same way.
+      const float steps = float(ws.group_steps[c.groups]) / c.groups, far = kFarLine * (run.n - 1) / run.n;
+      const float channels = steps / c.taps * c.groups + ws.n_rows * (c.res >= 0 ? 2 : 1);
+      const float pixel_lines = channels * vecs * lanes / kRound, weight_lines = steps * ws.n_rows / kRound;
+      const float cut_px = steps * best_split(table_, rows, (vecs + run.n - 1) / run.n).cost + far * weight_lines;
+      const float cut_rows = steps * best_split(table_, (rows + run.n - 1) / run.n, vecs).cost + far * pixel_lines;
       by_rows = cut_rows <= cut_px && !joined;
       if (!by_rows) px = share(vecs, run.t, run.n);
     }
