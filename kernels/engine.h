@@ -177,7 +177,7 @@ struct Active {
   bool by_list = false;       // pair i: the active channels 2 i and 2 i + 1, not the channels of these numbers
 };
 
-enum Part { kPredictor, kSelect, kPack, kConvolve, kRest, kParts };
+enum Part { kPredictor, kSelect, kWait, kConvolve, kRest, kParts };
 
 struct Workspace {
   Arena arena;

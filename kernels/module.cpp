@@ -104,7 +104,7 @@ Conv conv_of(const nb::dict &d) {
   return c;
 }
 
-const char *kPartNames[kParts] = {"predictor", "select", "pack", "conv", "rest"};
+const char *kPartNames[kParts] = {"predictor", "select", "wait", "conv", "rest"};
 
 }  // namespace
 

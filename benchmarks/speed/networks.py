@@ -42,7 +42,7 @@ def choosing(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "f
 
 def settled(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "full") -> tuple[nn.Module, float]:
     """Densities shared out by the fixed rule that `fit` starts from, channels drawn at random, the rest cut away."""
-    selective = _selective(model, predictor)
+    selective = _selective(model, predictor, std=0.003)  # all that is left is computed, as in trained networks
     tied = tied_units(selective)
     layers = balance.layers_of(selective, tied)
     stages = 1 + max(stage for stage, _ in layers.values())
@@ -58,10 +58,10 @@ def settled(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "fu
     return selective, CostMeter(selective).mean([x_BCHW]).ratio
 
 
-def _selective(model: nn.Module, predictor: str) -> nn.Module:
+def _selective(model: nn.Module, predictor: str, std: float = 0.3) -> nn.Module:
     selective = afds.select(model, SelectionConfig(predictor=predictor)).eval()  # type: ignore[arg-type]
     for gate in gates(selective).values():
-        nn.init.normal_(gate.predictor.weight, std=0.3)
+        nn.init.normal_(gate.predictor.weight, std=std)
     round_predictors(selective)  # as `fit` does
     return selective
 

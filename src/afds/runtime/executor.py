@@ -41,8 +41,8 @@ class LayerTime:
     """Pooled sums and the predictor's product."""
     select: float
     """Winners, lists of steps; for strided layers also the copy of the active channels."""
-    pack: float
-    """Copies of weights."""
+    wait: float
+    """For the other threads, when the layer is done here."""
     conv: float
     """The product with its fused epilogue: scale, bias, residual, activation, pooled sums."""
     rest: float
@@ -50,7 +50,7 @@ class LayerTime:
 
     @property
     def total(self) -> float:
-        return self.predictor + self.select + self.pack + self.conv + self.rest
+        return self.predictor + self.select + self.wait + self.conv + self.rest
 
 
 class Executor:
