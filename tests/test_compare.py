@@ -233,7 +233,7 @@ def test_latency_is_drawn_where_a_run_was_measured(
         if line["kind"] == "final":
             times = (("torch", 1, 9.0), ("onnx", 1, 4.0), ("onnx", 2, 2.0))
             rows = [Row("dense", name, threads, 1, ms, ms, ms, ms, 3, 1.0) for name, threads, ms in times]
-            measured = Measurement("resnet18", 32, "now", {}, None, rows)
+            measured = Measurement("resnet18", 32, 32, "now", {}, None, rows)
             (config.out / line["key"] / "measure.json").write_text(json.dumps(measured.to_dict()))
     found = cells(compare(config), "l2+l1")
     assert [cell.latency_ms for cell in found] == [4.0, 4.0]

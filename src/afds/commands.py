@@ -325,9 +325,8 @@ def _measure(arguments: list[str]) -> int:
                          say=lambda line: console.print(line, markup=False))  # fmt: skip
     if o.json is not None:
         write_json(o.json, result.to_dict())
-    console.print(
-        f"{result.arch}, {result.input_size} px, {' and '.join(o.precision)}, {result.hardware['cpu']}", markup=False
-    )
+    size = f"{result.input_size}" + f" (dense {result.dense_size})" * (result.dense_size != result.input_size)
+    console.print(f"{result.arch}, {size} px, {' and '.join(o.precision)}, {result.hardware['cpu']}", markup=False)
     for threads, batch in dict.fromkeys((row.threads, row.batch) for row in result.rows):
         table = Table(title=f"threads {threads}, batch {batch}: median ms (quarters)")
         for name in ("network", "runtime", "ms", "p90", "faster", "fewer MACs", "share"):

@@ -150,6 +150,10 @@ class DescentConfig:
     multiple_of: int = 8
     """Settling keeps a multiple of so many channels in layers that have eight times as many: runtimes compute in such
     blocks."""
+    input_size: int = 0
+    """Side of the images that a settled network looks at, in pixels; the dense network that it learns from sees
+    --data-options.input-size, and the budget counts against that. 0: from 4x on seven eighths of that side, else all of
+    it (ours)."""
     start: float = 0.05
     """Without settling: share of the epochs at d = 1."""
     end: float = 0.5
@@ -178,6 +182,10 @@ class DescentConfig:
     def __post_init__(self) -> None:
         _require(0 <= self.start < self.end <= 1, "descent.start and descent.end", (self.start, self.end),
                  "0 <= start < end <= 1")  # fmt: skip
+        _require(self.input_size == 0 or 16 <= self.input_size <= 2048, "descent.input-size", self.input_size,
+                 "0 or a number of pixels from 16 to 2048")  # fmt: skip
+        _require(self.settle or not self.input_size, "descent.input-size", self.input_size,
+                 "0 without settling: only a settled network looks at smaller images than its teacher")  # fmt: skip
         _require(1 <= self.multiple_of <= 64, "descent.multiple-of", self.multiple_of, "from 1 to 64")
         _require(self.trials >= 0, "descent.trials", self.trials, "0 or more")
         _require(self.stages >= 1, "descent.stages", self.stages, "1 or more")

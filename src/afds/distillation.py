@@ -28,6 +28,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from afds.graph import convbn_units
 from afds.selection import selective_units
+from afds.views import averaged
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class FrozenNetwork:
         self, model: nn.Module, features: Sequence[str], blocks: Sequence[str] = (), *, before_norm: bool = False
     ) -> None:
         self.features = tuple(features)
+        self.sizes: dict[str, tuple[int, int]] = {}  # of the target's maps, where it looks at smaller images
         self.network = copy.deepcopy(model).eval().requires_grad_(False)
         self.points = {name: TapPoint(name) for name in (*self.features, *blocks)}
         if before_norm:
@@ -107,7 +109,13 @@ class FrozenNetwork:
         """Logits (B, classes) and the features {unit: (B, C, H, W)}."""
         with tap(self.network, self.points) as features:
             logits = self.network(x_BCHW)
-        return logits, features
+        return logits, averaged(features, self.sizes)
+
+    def look_from(self, side: int) -> None:
+        """From now on give feature maps of the sizes that images of this side, in pixels, have."""
+        x_BCHW = torch.zeros(1, 3, side, side, device=next(self.network.parameters()).device)
+        self.sizes = {}
+        self.sizes = {name: (map.shape[2], map.shape[3]) for name, map in self(x_BCHW)[1].items()}
 
     def to(self, device: torch.device) -> FrozenNetwork:
         self.network.to(device)

@@ -271,7 +271,8 @@ def _finish(setup: Setup, record: Record, progress: Progress) -> FitResult:
         save_run(
             c.out, model=network, arch=setup.arch, arch_args=setup.arch_args, num_classes=len(splits.classes),
             selection=setup.selection if has_selection(network) else None, labels=splits.classes,
-            preprocess=setup.preprocess, summary=cost_summary(val.cost),
+            preprocess=setup.preprocess,
+            summary={**cost_summary(val.cost), "reference_size": setup.taught_at.input_size},
         )  # fmt: skip
         try:
             write_report(c.out)
@@ -301,12 +302,13 @@ def _meet_budget(setup: Setup) -> Metrics:
         if setup.fabric.is_global_zero:
             solve_latency(setup.network, lambda t: {name: max(1e-4, d * t) for name, d in now.items()}, ms, watch)
         set_density(setup.network, setup.fabric.broadcast(densities(setup.network)))
-        return evaluate(setup.network, setup.plan.val_loader, classes, count_macs=True)
+        return evaluate(setup.network, setup.plan.val_loader, classes, count_macs=meter)
     if setup.plan.descent is None or metrics.cost.ratio >= setup.ratio:
         return metrics
     batches = [x_BCHW.to(setup.fabric.device) for x_BCHW, _ in setup.plan.val_loader]
-    solve(setup.network, lambda t: {name: max(1e-4, d * t) for name, d in now.items()}, setup.ratio, batches)
-    return evaluate(setup.network, setup.plan.val_loader, classes, count_macs=True)
+    solve(setup.network, lambda t: {name: max(1e-4, d * t) for name, d in now.items()}, setup.ratio, batches,
+          reference=setup.plan.reference_macs)  # fmt: skip
+    return evaluate(setup.network, setup.plan.val_loader, classes, count_macs=meter)
 
 
 def cost_summary(cost: Cost) -> dict[str, Any]:

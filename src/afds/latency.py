@@ -103,10 +103,13 @@ def solve_latency(
 
 
 def ratio_for(
-    network: nn.Module, allocation: Allocation, place: Place, ms: float, watch: Stopwatch, probe: Sequence[Tensor]
-) -> float:
+    network: nn.Module, allocation: Allocation, place: Place, ms: float, watch: Stopwatch, probe: Sequence[Tensor],
+    reference: float = 0.0,
+) -> float:  # fmt: skip
     """The ratio of MACs that ``ms`` comes to on this machine, along ``allocation``; the model stays there.
 
+    Args:
+        reference: MACs of the dense network that the ratio is meant of; 0: this one's.
     Raises:
         BudgetError: out of reach; or the network with all its channels is within the budget.
     """
@@ -114,4 +117,4 @@ def ratio_for(
     if t >= 1:
         raise BudgetError(f"The budget {ms:.4g}ms leaves nothing to do: with all channels this network takes less "
                           f"here ({watch.describe()}). Use --budget 1x, or ask for fewer milliseconds.")  # fmt: skip
-    return CostMeter(network).mean(probe).ratio
+    return CostMeter(network, reference).mean(probe).ratio

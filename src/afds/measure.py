@@ -10,6 +10,7 @@
 
 All rows of one setting run in turn, round after round, so that what else the machine does hits all of them. The dense
 peer has the weights of the run's dense base where that is there, random ones otherwise: time does not depend on them.
+Where the run looks at smaller images than its dense network did, each is timed on images of its own size.
 The peer of a bf16 row is the fastest dense row in bf16. Unless bf16 is asked for, everything is float32.
 """
 
@@ -76,6 +77,8 @@ class Measurement:
 
     arch: str
     input_size: int
+    dense_size: int
+    """Side of the images that the dense network looks at, in pixels."""
     when: str
     hardware: dict[str, Any]
     accuracy: float | None
@@ -122,11 +125,14 @@ def measure_run(
             raise ConfigError(f"--precision {precision}: choose from {', '.join(PRECISIONS)}.")
     run = load_run(run_path)
     side = run.preprocess.input_size
-    result = Measurement(run.arch, side, datetime.now(UTC).isoformat(timespec="seconds"), _hardware(), _accuracy(run))
+    full_side = dense_side(run)
+    result = Measurement(run.arch, side, full_side, datetime.now(UTC).isoformat(timespec="seconds"), _hardware(),
+                         _accuracy(run))  # fmt: skip
     networks = _networks(run, data, [f for f in FORMS if not only or f in only or not set(only) & set(FORMS)], result)
-    noise = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-    full = measure_cost(networks["dense"], [noise]).dense
-    ratios = {form: full / measure_cost(network, [noise]).counted for form, network in networks.items()}
+    sides = {form: full_side if form == "dense" else side for form in networks}
+    noise = {s: torch.randn(2, 3, s, s, generator=torch.Generator().manual_seed(0)) for s in (side, full_side)}
+    full = measure_cost(networks["dense"], [noise[full_side]]).dense
+    ratios = {form: full / measure_cost(network, [noise[sides[form]]]).counted for form, network in networks.items()}
     named = [r for r in RUNTIMES if not only or r in only or not set(only) & set(RUNTIMES)]
     runtimes = [(r, p) for p in dict.fromkeys(precisions) for r in named if p == "float32" or r in IN_BF16]
     before = torch.get_num_threads()
@@ -134,7 +140,9 @@ def measure_run(
         for count in threads:
             for batch in batches:
                 say(f"{count} thread{'s' if count > 1 else ''}, batch {batch}")
-                result.rows += _setting(networks, runtimes, side, len(run.labels), count, batch, rounds, ratios, result)
+                result.rows += _setting(
+                    networks, runtimes, sides, len(run.labels), count, batch, rounds, ratios, result
+                )
     finally:
         torch.set_num_threads(before)
     if profile:
@@ -142,6 +150,12 @@ def measure_run(
     result.verdict = verdict(result.rows)
     write_json(run.path / NAME, result.to_dict())
     return result
+
+
+def dense_side(run: Run) -> int:
+    """Side of the images that the dense network of a run looked at, in pixels: the run's own, or a larger one."""
+    saved, own = run.structure["cost"].get("reference_size"), run.preprocess.input_size
+    return saved if type(saved) is int and own <= saved <= 4 * own else own
 
 
 def _check(threads: Sequence[int], batches: Sequence[int], only: Sequence[str], rounds: int, cores: int) -> None:
@@ -190,16 +204,17 @@ def _fresh(model: nn.Module) -> nn.Module:
 
 
 def _setting(
-    networks: dict[str, nn.Module], runtimes: Sequence[tuple[str, str]], side: int, classes: int, threads: int,
-    batch: int, rounds: int, ratios: dict[str, float], result: Measurement,
+    networks: dict[str, nn.Module], runtimes: Sequence[tuple[str, str]], sides: dict[str, int], classes: int,
+    threads: int, batch: int, rounds: int, ratios: dict[str, float], result: Measurement,
 ) -> list[Row]:  # fmt: skip
     """All rows of one number of threads and one batch, in turn."""
     torch.set_num_threads(threads)
-    x = np.random.default_rng(0).standard_normal((batch, 3, side, side), dtype=np.float32)
     calls: dict[tuple[str, str, str], Callable[[], Any]] = {}
     for runtime, precision in runtimes:
         named = runtime if precision == "float32" else f"{runtime} {precision}"
         for form, network in networks.items():
+            side = sides[form]
+            x = np.random.default_rng(0).standard_normal((batch, 3, side, side), dtype=np.float32)
             try:
                 wanted = {} if precision == "float32" else {"precision": precision}
                 predict = OPENERS[runtime](network, form, side, classes, threads, **wanted)

@@ -112,15 +112,17 @@ def solve(
     upper: float = 1.0,
     steps: int = 9,
     place: Place = set_density,
+    reference: float = 0.0,
 ) -> float:
     """Set the largest densities along ``allocation`` whose counted MACs are at most dense / ``ratio``.
 
     Args:
         batches: images (B, 3, H, W) on which the cost is counted.
+        reference: MACs of the dense network that ``ratio`` is meant of; 0: this one's.
         upper, steps, place: as of `search`, which says what comes back and what is raised.
     """
 
-    meter = CostMeter(model)
+    meter = CostMeter(model, reference)
 
     def unreachable() -> str:
         cost = meter.mean(batches)

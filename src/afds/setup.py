@@ -54,6 +54,7 @@ from afds.transfer import (
     channel_weights,
     map_variances,
 )  # fmt: skip
+from afds.views import side_for
 
 IMAGES_SEEN = 60_000  # by default a training shows about so many images ...
 FEWEST_EPOCHS, MOST_EPOCHS = 12, 60  # ... within these bounds
@@ -97,6 +98,7 @@ class Setup:
         if compression in ("small", "lowres", "small+lowres"):
             network = self._cheaper(network, compression, transfer)
             size = self.preprocess.input_size
+        self.taught_at = self.preprocess  # what training images are read as; the network may look at smaller ones
         dense_network = network
         if compression == "afs" and not has_selection(network):
             network, self.selection = select(network, config.selection), config.selection
@@ -104,14 +106,21 @@ class Setup:
             raise ConfigError(f"--source {config.source} carries selection: {config.method} would train it as a dense "
                               "network. Use a method with +afs, or another source.")  # fmt: skip
         self.network = network.requires_grad_(True)
+        will_settle = config.method == "afds" and config.descent.settle and budget.ratio != 1
+        free = will_settle and (self.is_base or config.teacher is None)  # to look at smaller images than its teacher
+        if free and config.descent.input_size:
+            self._look_at(config.descent.input_size)
         probe = self._images(splits.val, config.descent.images)
-        self.stopwatch: Stopwatch | None = None
-        if budget.ms is not None:
-            self.stopwatch = Stopwatch(probe, len(splits.classes), config.latency)
-            config = self._time(budget.ms, self.stopwatch, probe)
+        self.stopwatch = self._time(budget.ms, probe)
+        if free and not config.descent.input_size:
+            self._look_at(side_for(self.ratio, size))
+            if self.preprocess != self.taught_at:
+                probe = self._images(splits.val, config.descent.images)
+                self.stopwatch = self._time(budget.ms, probe, again=True)
+        config, size = self.config, self.preprocess.input_size  # as found
         selects = has_selection(network) and self.ratio > 1
         if selects:  # a hopeless budget: now, not after hours
-            solve(network, uniform(network), self.ratio, probe[:1], steps=0)
+            solve(network, uniform(network), self.ratio, probe[:1], steps=0, reference=self.reference_macs)
             set_density(network, 1.0)
         best = selects and self.is_base and config.method == "afds"
         settles, refits = best and config.descent.settle, best and config.descent.reconstruct > 0
@@ -126,7 +135,7 @@ class Setup:
 
         o, d = config.optim, config.data_options
         augment = Augment(crop=d.crop, scale=(d.scale, 1.0), flip=d.flip)
-        train_set = ImageDataset(splits.train, train_transform(self.preprocess, augment), cache=d.cache)
+        train_set = ImageDataset(splits.train, train_transform(self.taught_at, augment), cache=d.cache)
         loader = make_loader(train_set, batch_size=o.batch_size, shuffle=True, seed=config.seed, workers=d.workers,
                              drop_last=True)  # fmt: skip
         epochs = o.epochs or default_epochs(len(splits.train)) * (RECOVERY if settles else 1)
@@ -142,23 +151,42 @@ class Setup:
             reference=reference, held=tuple(self._images(splits.val, 4 * config.descent.images)) if settles else (),
             refit_on=tuple(self._images(splits.train, config.descent.reconstruct)) if refits else (),
             pruning=self._pruning(compression, size, total_steps), reference_macs=self.reference_macs,
-            ms=budget.ms, stopwatch=self.stopwatch,
+            ms=budget.ms, stopwatch=self.stopwatch, side=size if size != self.taught_at.input_size else 0,
         )  # fmt: skip
 
-    def _time(self, ms: float, stopwatch: Stopwatch, probe: Sequence[Tensor]) -> FitConfig:
-        """What the milliseconds come to in MACs, unless the record says so already; into `config` and `ratio`."""
-        if not self.ratio:
+    def _look_at(self, side: int) -> None:
+        """The network is to look at images of this side, in pixels; its teacher goes on to see those of now."""
+        now = self.taught_at.input_size
+        if side > now:
+            raise ConfigError(f"--descent.input-size {side}: the dense network sees {now} px; give at most that.")
+        if side < now:
+            self.preprocess, self.reference_macs = self.taught_at.at(side), self.dense_macs
+            macs_at(self.network, side)  # refused where the network cannot run on it
+        self.config = dataclasses.replace(
+            self.config, descent=dataclasses.replace(self.config.descent, input_size=side)
+        )
+
+    def _time(self, ms: float | None, probe: Sequence[Tensor], *, again: bool = False) -> Stopwatch | None:
+        """The stopwatch of a budget in milliseconds, and what they come to in MACs; into `config` and `ratio`.
+
+        again: although the record has a ratio already.
+        """
+        if ms is None:
+            return None
+        stopwatch = Stopwatch(probe, len(self.splits.classes), self.config.latency)
+        if again or not self.ratio:
             network, found = self.network, 0.0
             if self.fabric.is_global_zero:  # the others would only disturb the measurement
                 kept = {name: gate.kept.clone() for name, gate in gates(network).items()}
-                found = ratio_for(network, *self._widths_to_time(network), ms, stopwatch, probe)
+                found = ratio_for(network, *self._widths_to_time(network), ms, stopwatch, probe,
+                                  self.reference_macs)  # fmt: skip
                 set_density(network, 1.0)
                 for name, gate in gates(network).items():
                     gate.kept.copy_(kept[name])
             self.ratio = float(self.fabric.broadcast(found))
             latency = dataclasses.replace(self.config.latency, ratio=self.ratio)
             self.config = dataclasses.replace(self.config, latency=latency)
-        return self.config
+        return stopwatch
 
     def _widths_to_time(self, network: nn.Module) -> tuple[Allocation, Place]:
         """How densities fall while a stopwatch looks, and how they are put in: which channels win is of no matter."""
@@ -188,9 +216,7 @@ class Setup:
             if "lowres" not in compression and cost > macs:
                 raise BudgetError(too_dear(named, cost, macs, size))
         if "lowres" in compression:
-            side = input_size_for(network, macs, size)
-            p = self.preprocess
-            self.preprocess = dataclasses.replace(p, input_size=side, resize=max(side, round(p.resize * side / size)))
+            self.preprocess = self.preprocess.at(input_size_for(network, macs, size))
         return network
 
     def _pruning(self, compression: str, size: int, total_steps: int) -> Pruning | None:
@@ -231,6 +257,8 @@ class Setup:
             return [Delta(c.transfer.delta, weights, variances)], teacher
         d, blocks = c.distillation, residual_blocks(network) if self.is_base and c.distillation.hints > 0 else []
         teacher = FrozenNetwork(dense_network, features, blocks).to(device)
+        if self.preprocess != self.taught_at:
+            teacher.look_from(size)
         sizes = feature_sizes(teacher, torch.zeros(1, 3, size, size, device=device))
         terms: list[Regulariser] = [
             AttentiveTransfer(d.afd, AttentiveDistillation(sizes, hidden=d.hidden, squared=d.squared))
@@ -322,7 +350,7 @@ class Setup:
             return Preprocess.for_source(self._pretrained_cfg, size or None)
         if size in (0, p.input_size):
             return p
-        return dataclasses.replace(p, input_size=size, resize=max(size, round(p.resize * size / p.input_size)))
+        return p.at(size)
 
     def eval_loader(self, items: Sequence[Item]) -> Any:
         """Batches of (images, labels) as the network is evaluated, in order."""
@@ -358,7 +386,8 @@ class Setup:
             "afds": __version__, "command": shlex.join(["afds", *sys.argv[1:]]),
             "config": to_json(dataclasses.replace(self.config, resume=None)), "data": facts,
             "resolved": {"epochs": self.plan.epochs, "steps_per_epoch": self.plan.steps_per_epoch,
-                         "input_size": self.preprocess.input_size, "source": self.origin,
+                         "input_size": self.preprocess.input_size, "taught_at": self.taught_at.input_size,
+                         "source": self.origin,
                          "dense_macs": self.dense_macs, "ratio": self.ratio},
             "hardware": stamp(fabric.device.type, str(fabric._precision.precision)),
         }  # fmt: skip
@@ -366,10 +395,12 @@ class Setup:
     def describe(self) -> str:
         """One paragraph for the terminal, before the first step."""
         s, size, p = self.splits, self.preprocess.input_size, self.plan
+        taught = self.taught_at.input_size
+        seen = f"{size} px" if size == taught else f"{size} px, its dense network's {taught} px"
         test = f", {len(s.test)} test" if s.test else ", no test split"
         fewer = f", to {self.dense_macs / self.ratio / 1e9:.3f} ({self.ratio:.3g}x fewer)" if self.ratio > 1 else ""
         return (
-            f"{len(s.classes)} classes: {len(s.train)} training, {len(s.val)} validation{test} photos, {size} px\n"
+            f"{len(s.classes)} classes: {len(s.train)} training, {len(s.val)} validation{test} photos, {seen}\n"
             f"{self.origin}: {self.dense_macs / 1e9:.3f} GMACs dense{fewer}\n"
             f"{self.config.method}, {p.epochs} epochs of {p.steps_per_epoch} steps "
             f"({self.fabric.device.type}, {self.fabric._precision.precision})"

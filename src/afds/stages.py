@@ -79,7 +79,7 @@ def descend(fabric: Fabric, plan: Plan, state: State, step: int, record: Record,
             # rank 0 alone holds the stopwatch, `_agree` hands round what it found
             t = solve_latency(network, allocation, plan.ms, plan.stopwatch) if fabric.is_global_zero else 0.0
         else:
-            t = solve(network, allocation, target, plan.probe)
+            t = solve(network, allocation, target, plan.probe, reference=plan.reference_macs)
         unexplained = _reconstruct(plan, state)
         _agree(fabric, network)
         record.write("stage", epoch=epoch, step=step, target_ratio=target, t=t, densities=densities(network),
@@ -110,7 +110,8 @@ def settle_winners(
         alone = fabric.is_global_zero  # rank 0 alone holds the stopwatch
         t = solve_latency(network, allocation, plan.ms, plan.stopwatch, place=place) if alone else 0.0
     else:
-        t = solve(network, allocation, descent.ratio, plan.probe, steps=14, place=place)
+        t = solve(network, allocation, descent.ratio, plan.probe, steps=14, place=place,
+                  reference=plan.reference_macs)  # fmt: skip
     _agree(fabric, network)
     chosen = densities(network)
     state.settle()
@@ -118,7 +119,7 @@ def settle_winners(
     if refit is None:
         reestimate_norms(network, plan.labelled, len(plan.labelled))
     _agree(fabric, network)
-    cost = CostMeter(network)(plan.probe[0][:1])[1]
+    cost = CostMeter(network, plan.reference_macs)(plan.probe[0][:1])[1]
     record.write("stage", epoch=epoch, step=step, target_ratio=descent.ratio, ratio=cost.ratio, t=t, densities=chosen,
                  thresholds={}, unexplained=unexplained, **mask_counts(network))  # fmt: skip
     stay, channels = sum(len(out) for out in state.settled.values()), sum(importance.taylor[n].numel() for n in chosen)
@@ -148,7 +149,7 @@ def _allocation(
         path = balancing.allocation(exponents, layers)
 
         def meet(cut: nn.Module) -> None:
-            solve(cut, path, ratio, [plan.probe[0][:1]], steps=12, place=place)
+            solve(cut, path, ratio, [plan.probe[0][:1]], steps=12, place=place, reference=plan.reference_macs)
 
         try:
             return trial(meet)

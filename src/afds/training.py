@@ -69,7 +69,7 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
             if c.optim.mixup > 0 and len(y_B) > 1 and float(torch.rand(())) < c.optim.mixup_share:
                 x_BCHW, other_B, share = mix(x_BCHW, c.optim.mixup)
                 mixed = y_B[other_B], share
-            losses = wrapped(x_BCHW, y_B, state.teach(x_BCHW, fabric), mixed)
+            losses = wrapped(plan.view(x_BCHW), y_B, state.teach(x_BCHW, fabric), mixed)
             if not torch.isfinite(losses["loss"]):
                 raise TrainingError(
                     f"The loss is {float(losses['loss'])} at step {step} (epoch {epoch + 1}). "
@@ -104,7 +104,8 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
         fabric.barrier()
     if plan.descent is not None and c.descent.reestimate > 0:
         set_epoch(plan.train_loader, plan.epochs)
-        reestimate_norms(task.network, plan.train_loader, c.descent.reestimate)
+        batches = ((plan.view(x_BCHW), y_B) for x_BCHW, y_B in plan.train_loader)
+        reestimate_norms(task.network, batches, c.descent.reestimate)
 
 
 def _phase(plan: Plan, step: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_args
 
 from afds.errors import ConfigError
@@ -74,6 +74,10 @@ class Preprocess:
             mean=pretrained_cfg.get("mean", (0.485, 0.456, 0.406)),  # ImageNet's, timm's own default
             std=pretrained_cfg.get("std", (0.229, 0.224, 0.225)),
         )
+
+    def at(self, side: int) -> Preprocess:
+        """The same for images of another side, in pixels."""
+        return replace(self, input_size=side, resize=max(side, round(self.resize * side / self.input_size)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

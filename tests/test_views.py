@@ -1,0 +1,156 @@
+"""A settled network may look at smaller images than its teacher: sizes, maps, and a whole run of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from afds import fitting
+from afds.artifact import load_run
+from afds.config import DataConfig, DescentConfig, FitConfig, LatencyConfig, OptimConfig
+from afds.cost import measure_cost
+from afds.data import write_digits
+from afds.distillation import FrozenNetwork
+from afds.errors import ConfigError
+from afds.evaluation import evaluate_folder
+from afds.files import read_json
+from afds.fitting import fit
+from afds.measure import measure_run
+from afds.runtime import is_built
+from afds.views import SHRINKS_FROM, averaged, side_for, smaller
+
+ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}'
+
+
+@given(st.floats(1, 100), st.integers(16, 600))
+def test_the_rule_never_enlarges_and_leaves_mild_budgets_alone(ratio: float, side: int) -> None:
+    found = side_for(ratio, side)
+    assert 0.8 * side <= found <= side
+    assert found == side or (ratio >= SHRINKS_FROM and found % 16 == 0)
+
+
+def test_sides_of_the_usual_sizes() -> None:
+    assert [side_for(5, side) for side in (32, 64, 96, 128, 160, 224, 256)] == [32, 64, 80, 112, 144, 192, 224]
+    assert side_for(2, 224) == 224
+
+
+def test_smaller_averages_and_never_enlarges() -> None:
+    x = torch.randn(2, 3, 32, 32)
+    assert smaller(x, 32) is x
+    assert smaller(x, 40) is x
+    assert smaller(torch.full((1, 3, 32, 32), 0.7), 20).sub(0.7).abs().max() < 1e-6
+    assert smaller(x, 16).shape == (2, 3, 16, 16)
+    assert smaller(x, 16).std() < 0.8 * x.std()  # fine detail is averaged, not left out
+
+
+def test_averaged_keeps_means_and_leaves_equal_sizes_alone() -> None:
+    maps = {"a": torch.randn(2, 3, 8, 8), "b": torch.randn(2, 3, 4, 4)}
+    found = averaged(maps, {"a": (4, 4), "b": (4, 4)})
+    assert found["b"] is maps["b"]
+    assert torch.allclose(found["a"].mean((2, 3)), maps["a"].mean((2, 3)), atol=1e-6)
+    assert averaged(maps, {}) == maps
+
+
+def test_a_teacher_looks_from_the_size_of_its_target(tiny_resnet: torch.nn.Module) -> None:
+    frozen = FrozenNetwork(tiny_resnet, ["layer1.0.conv2", "layer4.0.conv2"])
+    own = {name: value.shape for name, value in frozen(torch.randn(1, 3, 48, 48))[1].items()}
+    frozen.look_from(48)
+    logits, features = frozen(torch.randn(2, 3, 64, 64))
+    assert logits.shape[0] == 2
+    assert {name: value.shape[1:] for name, value in features.items()} == {n: s[1:] for n, s in own.items()}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits at 32 px, and in `dense` a network that was fine-tuned on them."""
+    path = tmp_path_factory.mktemp("views")
+    write_digits(path / "digits", range(3), per_class=20, test_per_class=10)
+    fit(options(path, path / "dense", method="scratch+dense", budget="", descent=DescentConfig()), quiet=True)
+    return path
+
+
+def options(place: Path, out: Path, **changes: Any) -> FitConfig:
+    config = FitConfig(
+        data=place / "digits", out=out, source="resnet18", arch_args=ARCH, method="afds", budget="3x",
+        data_options=DataConfig(input_size=32, flip=False, workers=0, val_fraction=0.2),
+        optim=OptimConfig(epochs=3, batch_size=8, lr=0.05),
+        descent=DescentConfig(images=8, reconstruct=32, trials=2, multiple_of=2, input_size=24),
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+def test_a_run_on_smaller_images_meets_its_budget_and_resumes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = str(place / "dense")
+    result = fit(options(place, place / "whole", source=source), quiet=True)
+    dense, run = load_run(source), load_run(place / "whole")
+    full = measure_cost(dense.model, [torch.randn(1, 3, 32, 32)]).dense
+    counted = measure_cost(run.model, [torch.randn(4, 3, 24, 24)]).counted
+    assert result.cost.dense == full
+    assert result.cost.counted == pytest.approx(counted)
+    assert 3 <= full / counted < 4
+    assert (run.preprocess.input_size, dense.preprocess.input_size) == (24, 32)
+    (stage,) = [json.loads(s) for s in (place / "whole/metrics.jsonl").read_text().splitlines() if '"stage"' in s]
+    assert stage["ratio"] == pytest.approx(result.cost.ratio)
+    again = evaluate_folder(place / "whole", place / "digits", "test").metrics
+    assert result.test is not None
+    assert (again.top1, again.cost and again.cost.ratio) == (result.test.top1, pytest.approx(result.cost.ratio))
+
+    def interrupt(self: object, event: dict[str, Any]) -> None:
+        if event.get("step") == 9:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting.Progress, "update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(options(place, place / "broken", source=source), quiet=True)
+    fit(FitConfig(resume=place / "broken"), quiet=True)
+    same = [(place / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
+    assert same[0] == same[1]
+
+
+def test_the_record_has_the_side_that_the_rule_chose(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("afds.setup.side_for", lambda ratio, side: side - 4)
+    changes = {"source": str(place / "dense"), "descent": DescentConfig(images=8, reconstruct=16, trials=0)}
+    fit(options(place, place / "ruled", **changes), quiet=True)
+    record = read_json(place / "ruled/config.json")
+    assert record["config"]["descent"]["input_size"] == record["resolved"]["input_size"] == 28
+    assert record["resolved"]["taught_at"] == 32
+
+
+def test_each_network_is_timed_on_images_of_its_own(place: Path) -> None:
+    fit(options(place, place / "timed", source=str(place / "dense")), quiet=True)
+    result = measure_run(place / "timed", threads=(1,), rounds=2, only=("torch", "dense", "dynamic"))
+    assert (result.input_size, result.dense_size) == (24, 32)
+    ratios = {row.form: row.macs_ratio for row in result.rows}
+    assert ratios["dense"] == 1
+    assert 3 <= ratios["dynamic"] < 4
+
+
+@pytest.mark.skipif(not is_built(), reason="native runtime not built")
+def test_milliseconds_are_measured_at_the_size_that_is_looked_at(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from afds.latency import Stopwatch
+
+    full = Stopwatch([torch.randn(8, 3, 32, 32)], 3, LatencyConfig())(load_run(place / "dense").model)
+    monkeypatch.setattr("afds.setup.side_for", lambda ratio, side: 24 if ratio > 1 else side)
+    descent = DescentConfig(images=8, reconstruct=16, trials=0, multiple_of=1)
+    fit(
+        options(place, place / "ms", source=str(place / "dense"), budget=f"{full / 2:.5f}ms", descent=descent),
+        quiet=True,
+    )
+    assert load_run(place / "ms").preprocess.input_size == 24
+    assert read_json(place / "ms/config.json")["config"]["latency"]["ratio"] > 1
+
+
+def test_what_cannot_be_is_refused(place: Path) -> None:
+    with pytest.raises(ConfigError, match="at most that"):
+        fit(options(place, place / "no", source=str(place / "dense"), descent=DescentConfig(input_size=48)), quiet=True)
+    with pytest.raises(ConfigError, match="without settling"):
+        DescentConfig(settle=False, input_size=24)
+    assert not (place / "no").exists()
