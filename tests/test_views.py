@@ -98,6 +98,7 @@ def test_a_run_on_smaller_images_meets_its_budget_and_resumes(place: Path, monke
     assert (run.preprocess.input_size, dense.preprocess.input_size) == (24, 32)
     (stage,) = [json.loads(s) for s in (place / "whole/metrics.jsonl").read_text().splitlines() if '"stage"' in s]
     assert stage["ratio"] == pytest.approx(result.cost.ratio)
+    assert "24 px, dense 32 px" in (place / "whole/report.html").read_text()
     again = evaluate_folder(place / "whole", place / "digits", "test").metrics
     assert result.test is not None
     assert (again.top1, again.cost and again.cost.ratio) == (result.test.top1, pytest.approx(result.cost.ratio))

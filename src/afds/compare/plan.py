@@ -42,7 +42,7 @@ from afds.schedule import parse_budget
 from afds.selection import SelectionConfig
 
 # (multiple of the learning rate, multiple of the regulariser's weight); the first T are tried
-CANDIDATES = ((1, 1), (0.5, 1), (1, 0.1), (0.5, 0.1), (2, 1), (1, 10), (2, 0.1), (0.5, 10), (2, 10))
+CANDIDATES = ((1, 1), (0.5, 1), (2, 1), (1, 0.1), (0.5, 0.1), (1, 10), (2, 0.1), (0.5, 10), (2, 10))
 WEIGHT_OF = {"scratch": "optim.weight_decay", "l2": "optim.weight_decay", "l2-sp": "transfer.l2_sp",
              "delta": "transfer.delta", "afd": "distillation.afd", "kd": "distillation.logits"}  # fmt: skip
 

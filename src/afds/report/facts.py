@@ -87,6 +87,13 @@ class Facts:
         units = sub(self.structure, "units")
         return [unit for name in units if "k" in (unit := sub(units, name))]
 
+    @property
+    def sides(self) -> tuple[float, float] | None:
+        """Sides, in pixels, of the images that the network and its dense one look at, where they differ."""
+        resolved = sub(self.config, "resolved")
+        own, dense = number(resolved.get("input_size")), number(resolved.get("taught_at"))
+        return (own, dense) if own is not None and dense is not None and own != dense else None
+
     def total(self, key: str) -> float | None:
         """`dense_macs`, `counted_macs` or `ratio`, of the final line or of the structure."""
         value = number(self.final.get(key))

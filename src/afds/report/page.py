@@ -78,7 +78,10 @@ def _headline(facts: Facts) -> str:
     ]
     counted, dense, ratio = (facts.total(key) for key in ("counted_macs", "dense_macs", "ratio"))
     if counted is not None:
-        tiles.append(_tile(macs(counted), "MACs per image", [f"of {macs(dense)} dense", "predictors included"]))
+        notes = [f"of {macs(dense)} dense", "predictors included"]
+        if facts.sides:
+            notes.append("{:g} px, dense {:g} px".format(*facts.sides))
+        tiles.append(_tile(macs(counted), "MACs per image", notes))
     if ratio is not None:
         budget = facts.final.get("budget")
         tiles.append(_tile(f"{ratio:.2f}{TIMES}", "fewer MACs", [f"asked: {text(budget)}" if budget else ""]))
@@ -127,7 +130,12 @@ def _layers(facts: Facts) -> str:
     if not found:
         return ""
     chart = _figure(figures.layers_figure(found), LAYERS)
-    return f'{chart}{layers.table(found)}<p class="note">{layers.NOTE}</p>'
+    note = layers.NOTE
+    if facts.sides:
+        own, dense = facts.sides
+        note += (f" Dense MACs by layer are at the {own:g} px that this network looks at; its dense network sees "
+                 f"{dense:g} px, which the budget counts against.")  # fmt: skip
+    return f'{chart}{layers.table(found)}<p class="note">{note}</p>'
 
 
 def _channels(facts: Facts) -> str:
