@@ -455,7 +455,16 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
     if (x.pairing == Pairing::kFree) picked_ = std::max(picked_, most + 64);
   } else {
     c.weight = arena_.keep(c.weight);
+    const int per_in = c.in / c.groups, plane = plane_of(c);
+    for (int i = 0; i < c.in; ++i)
+      for (int t = 0; t < c.taps; ++t) {
+        c.all_xoff.push_back(i * plane + c.tap[t].offset + (c.staged ? c.tap[t].phase * c.stage.plane : 0));
+        c.all_woff.push_back(i % per_in * c.taps + t);
+      }
+    c.all_xoff.resize(c.all_xoff.size() + kAhead);
   }
+  if (c.rows == Rows::kDynamic) c.gate.n_scaled = std::count_if(c.gate.scaled.begin(), c.gate.scaled.end(), [](uint8_t b) { return b != 0; });
+  for (int k = static_cast<int>(first_.size()); k < c.out; ++k) first_.push_back(k);
   most_steps_ = std::max(most_steps_, c.in * c.taps);
   most_groups_ = std::max(most_groups_, c.groups);
   widest_ = std::max(widest_, c.out);
@@ -558,8 +567,8 @@ std::unique_ptr<Workspace> Engine::make_workspace() const {
   }
   ws->staging = Floats(ws->arena.take(staging_), staging_);
   ws->zeros = Floats(longest_ + kSlack);
-  for (Floats *f : {&ws->p, &ws->r, &ws->h, &ws->q, &ws->scale, &ws->shift}) *f = Floats(widest_ + kRound);
-  ws->p = Floats(size_t(threads_) * round_up(widest_, kRound));
+  for (Floats *f : {&ws->q, &ws->scale, &ws->shift}) *f = Floats(widest_ + kRound);
+  for (Floats *f : {&ws->p, &ws->r, &ws->h}) *f = Floats(size_t(threads_) * round_up(widest_, kRound));
   for (auto *v : {&ws->keys, &ws->rows, &ws->only}) v->assign(widest_ + 1, 0);
   ws->xoff.assign(most_steps_ + kAhead, 0);
   ws->woff.assign(most_steps_, 0);
@@ -758,11 +767,11 @@ void Engine::set_pairs(Workspace &ws, int value) const {
   for (int p = 0; p < full; ++p) a.pair[p] = p;
 }
 
-void Engine::pooled(const Run &run, int value, float *p) const {
+void Engine::pooled(const Run &run, int value, int begin, int end, float *p) const {
   const Active &a = run.ws.active[value];
   const Layout &l = layout(value);
   const float area = 1.0f / (float(l.height) * l.width);
-  for (int i = 0; i < a.n; ++i) {
+  for (int i = begin; i < end; ++i) {
     float lanes[kSumLanes] = {};
     for (int t = 0; t < run.n; ++t) {
       const float *s = sum(run.ws, value, a.list[i], t);
@@ -786,16 +795,10 @@ void Engine::copy_active(Workspace &ws, int from, int to) const {
 
 void Engine::conv(const Run &run, const Conv &c, int op) const {
   Watch watch(run, op);
-  if (c.rows == Rows::kDynamic) {
-    predict(run, c);
-    run.wait();
-    watch.lap(kPredictor);
-  }
-  if (run.t == 0) choose(run, c, op);
-  if (c.staged) {
-    stage(run, c);
-  }
-  run.wait();
+  if (c.rows == Rows::kDynamic) predict(run, c);
+  watch.lap(kPredictor);
+  if (c.staged) stage(run, c);
+  run.wait([&] { choose(run, c, op); });
   watch.lap(kSelect);
   tiles(run, c);
   watch.lap(kConvolve);
@@ -804,39 +807,45 @@ void Engine::conv(const Run &run, const Conv &c, int op) const {
   watch.lap(kRest);
 }
 
+float *Engine::part(Floats &of, int t) const { return of.data() + size_t(t) * round_up(widest_, kRound); }
+
+// h = W p + b in parts, one a thread: each reads the sums of a share of the inputs, and their rows from end to end.
 void Engine::predict(const Run &run, const Conv &c) const {
   const Gate &g = c.gate;
   Workspace &ws = run.ws;
   const Active &a = ws.active[c.x];
-  float *p = ws.p.data() + size_t(run.t) * round_up(widest_, kRound);
-  pooled(run, c.x, p);
-  for (int i = 0; i < a.n; ++i) p[i] *= g.scale.data()[a.list[i]];
-  auto product = [&](float *h, Share mine, const PredictorRows &w, const float *p, const int32_t *list, int m) {
+  float *p = part(ws.p, run.t), *h = part(ws.h, run.t);
+  auto product = [&](float *h, int n, Share mine, const PredictorRows &w, const float *p, const int32_t *list) {
     const float *rows[kChunk];
     const uint16_t *halves[kChunk];
-    const int columns = round_up(mine.size(), kRound);
-    for (int i = 0; i < m; i += kChunk) {
-      const int count = std::min(kChunk, m - i);
+    const int columns = round_up(n, kRound);
+    for (int i = mine.begin; i < mine.end; i += kChunk) {
+      const int count = std::min(kChunk, mine.end - i);
       for (int j = 0; j < count; ++j) {
-        const size_t at = size_t(list ? list[i + j] : i + j) * w.pitch + mine.begin;
+        const size_t at = size_t(list ? list[i + j] : i + j) * w.pitch;
         if (w.bf16) halves[j] = w.bf16 + at;
         else rows[j] = w.f32 + at;
       }
-      if (w.bf16) table_.axpy_bf16(h + mine.begin, columns, halves, p + i, count);
-      else table_.axpy(h + mine.begin, columns, rows, p + i, count);
+      if (w.bf16) table_.axpy_bf16(h, columns, halves, p + i, count);
+      else table_.axpy(h, columns, rows, p + i, count);
     }
   };
   const int n = static_cast<int>(g.dynamic.size());
-  if (g.rank) {
-    const Share r = share_lines(g.rank, run.t, run.n);
-    std::fill(ws.r.data() + r.begin, ws.r.data() + r.end, 0.0f);
-    product(ws.r.data(), r, g.reduce_rows, p, a.list.data(), a.n);
-    run.wait();
-  }
-  const Share mine = share_lines(n, run.t, run.n);
-  std::copy(g.bias.data() + mine.begin, g.bias.data() + mine.end, ws.h.data() + mine.begin);
-  if (g.rank) product(ws.h.data(), mine, g.weight_rows, ws.r.data(), nullptr, g.rank);
-  else product(ws.h.data(), mine, g.weight_rows, p, a.list.data(), a.n);
+  const Share inputs = share(a.n, run.t, run.n);
+  pooled(run, c.x, inputs.begin, inputs.end, p);
+  for (int i = inputs.begin; i < inputs.end; ++i) p[i] *= g.scale.data()[a.list[i]];
+  if (run.t == 0) std::copy(g.bias.data(), g.bias.data() + n, h);
+  else std::fill(h, h + n, 0.0f);
+  if (!g.rank) return product(h, n, inputs, g.weight_rows, p, a.list.data());
+  float *r = part(ws.r, run.t);
+  std::fill(r, r + g.rank, 0.0f);
+  product(r, g.rank, inputs, g.reduce_rows, p, a.list.data());
+  run.wait();
+  const Share mine = share(g.rank, run.t, run.n);
+  std::fill(p + mine.begin, p + mine.end, 0.0f);
+  for (int t = 0; t < run.n; ++t)
+    for (int i = mine.begin; i < mine.end; ++i) p[i] += part(ws.r, t)[i];
+  product(h, n, mine, g.weight_rows, p, nullptr);
 }
 
 // One thread: the winners, their scales, the steps of the product, and what all this costs.
@@ -848,8 +857,8 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
   int n = 0;
   int64_t extra = 0;  // MACs of predictor and scaling
   if (c.rows == Rows::kAll) {
-    for (int k = 0; k < c.out; ++k) rows[k] = k;
     n = c.out;
+    std::copy(first_.begin(), first_.begin() + n, rows);
   } else if (c.rows == Rows::kFixed) {
     std::copy(c.fixed.begin(), c.fixed.end(), rows);
     n = static_cast<int>(c.fixed.size());
@@ -860,6 +869,10 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
     const Gate &g = c.gate;
     float *q = ws.q.data();
     const int predicted = static_cast<int>(g.dynamic.size());
+    for (int t = 1; t < run.n; ++t) {
+      const float *of = part(ws.h, t);
+      for (int j = 0; j < predicted; ++j) ws.h.data()[j] += of[j];
+    }
     int32_t *keys = ws.keys.data();  // positive floats are ordered as their bits are
     const float *h = ws.h.data();
     if (predicted < c.out) {
@@ -870,7 +883,8 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
     table_.score(keys, q, h, g.importance.data(), g.ceiling, c.out);
     int32_t low = 1;
     int ties = c.out;  // winners that equal `low` and may still be taken
-    if (table_.count_ge(keys, c.out, low) > g.k) {
+    const int positive = table_.count_ge(keys, c.out, low);
+    if (positive > g.k) {
       int32_t high = 0x7f800001;
       int count = -1, above = 0;  // keys >= low, keys >= high
       while (high - low > 1 && count != g.k) {
@@ -881,7 +895,10 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
       }
       if (count != g.k) ties = g.k - above;
     }
-    if (ties == c.out) {
+    if (positive == c.out && g.k == c.out) {  // settled: all win, as in every image
+      n = c.out;
+      std::copy(first_.begin(), first_.begin() + n, rows);
+    } else if (ties == c.out) {
       for (int k = 0; k < c.out; ++k) {  // no branch: it could not be foreseen
         rows[n] = k;
         n += keys[k] >= low;
@@ -893,15 +910,24 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
         n += wins;
       }
     }
-    for (int i = 0; i < n; ++i) {
-      const int k = rows[i];
-      const float pi = g.scaled[k] ? q[k] * g.sign[k] : 1.0f;
-      ws.scale[i] = pi;
-      ws.shift[i] = c.bias[k] * pi + c.beta[k];
+    float *scale = ws.scale.data(), *shift = ws.shift.data();
+    int64_t scaled = g.n_scaled;
+    if (n == c.out) {  // in order, so the compiler can take several at a time
+      const float *sign = g.sign.data(), *bias = c.bias.data(), *beta = c.beta.data();
+      const uint8_t *is_scaled = g.scaled.data();
+      for (int k = 0; k < n; ++k) scale[k] = is_scaled[k] ? q[k] * sign[k] : 1.0f;
+      for (int k = 0; k < n; ++k) shift[k] = bias[k] * scale[k] + beta[k];
+    } else {
+      scaled = 0;
+      for (int i = 0; i < n; ++i) {
+        const int k = rows[i];
+        const float pi = g.scaled[k] ? q[k] * g.sign[k] : 1.0f;
+        scale[i] = pi;
+        shift[i] = c.bias[k] * pi + c.beta[k];
+        scaled += g.scaled[k];
+      }
     }
     extra = int64_t(g.rank ? int64_t(x.n) * g.rank + int64_t(g.rank) * predicted : int64_t(x.n) * predicted) + predicted;
-    int64_t scaled = 0;
-    for (int i = 0; i < n; ++i) scaled += g.scaled[rows[i]];
     extra += scaled * layout(c.y).height * layout(c.y).width;
   }
   ws.n_rows = n;
@@ -910,10 +936,58 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
   if (c.halves)
     for (int i = 0; i < n; ++i) ws.scale[i] *= c.factor[rows[i]];
 
-  // Steps, sorted by channel and so by group.
+  const int64_t pairs = list_steps(ws, c, n);
+  ws.macs[op] = pairs * layout(c.y).height * layout(c.y).width + extra;
+  if (ws.record) ws.chosen[op].assign(rows, rows + n);
+  if (c.halves && x.by_list) {
+    std::fill(ws.bits.begin(), ws.bits.end(), 0u);
+    for (int j = 0; j < x.n; ++j) ws.bits[x.list[j] / 32] |= 1u << (x.list[j] % 32);
+  }
+
+  // Active afterwards: the winners, and what the residual branch brings.
+  ws.n_only = 0;
+  if (n == c.out) {
+    std::fill(y.on.begin(), y.on.end(), 1);
+    std::copy(first_.begin(), first_.begin() + n, y.list.begin());
+    y.n = n;
+    set_pairs(ws, c.y);
+    return;
+  }
+  if (c.res < 0) {
+    std::fill(y.on.begin(), y.on.end(), 0);
+    std::copy(rows, rows + n, y.list.begin());
+    for (int i = 0; i < n; ++i) y.on[rows[i]] = 1;
+    y.n = n;
+    set_pairs(ws, c.y);
+    return;
+  }
+  const Active &res = ws.active[c.res];
+  std::copy(res.on.begin(), res.on.end(), y.on.begin());
+  for (int i = 0; i < n; ++i) y.on[rows[i]] = 2;
+  y.n = 0;
+  for (int k = 0; k < c.out; ++k) {
+    y.list[y.n] = ws.only[ws.n_only] = k;
+    y.n += y.on[k] != 0;
+    ws.n_only += y.on[k] == 1;
+  }
+  for (int k = 0; k < c.out; ++k) y.on[k] = y.on[k] != 0;
+  set_pairs(ws, c.y);
+}
+
+// The steps of the product, by channel and so by group; products a pixel. One thread.
+int64_t Engine::list_steps(Workspace &ws, const Conv &c, int n) const {
+  const Active &x = ws.active[c.x];
+  const int32_t *rows = ws.rows.data();
   const int per_in = c.in / c.groups, per_out = c.out / c.groups;
+  if (!c.all_xoff.empty() && x.n == c.in && n == c.out) {  // known from the start
+    ws.step_x = c.all_xoff.data(), ws.step_w = c.all_woff.data();
+    for (int group = 0; group <= c.groups; ++group)
+      ws.group_steps[group] = group * per_in * c.taps, ws.group_rows[group] = group * per_out;
+    return int64_t(c.in) * c.taps * per_out;
+  }
   int32_t *xo = ws.xoff.data(), *wo = ws.woff.data();
-  const int plane_floats = c.staged ? c.stage.plane * static_cast<int>(c.phases.size()) : layout(c.x).plane;
+  ws.step_x = xo, ws.step_w = wo;
+  const int plane_floats = plane_of(c);
   int s = 0, i = 0, r = 0, first = 0;  // first: input of the group
   int64_t pairs = 0;
   for (int group = 0; group < c.groups; ++group) {
@@ -945,34 +1019,7 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
   }
   ws.group_steps[c.groups] = s;
   ws.group_rows[c.groups] = r;
-  ws.macs[op] = pairs * layout(c.y).height * layout(c.y).width + extra;
-  if (ws.record) ws.chosen[op].assign(rows, rows + n);
-  if (c.halves && x.by_list) {
-    std::fill(ws.bits.begin(), ws.bits.end(), 0u);
-    for (int j = 0; j < x.n; ++j) ws.bits[x.list[j] / 32] |= 1u << (x.list[j] % 32);
-  }
-
-  // Active afterwards: the winners, and what the residual branch brings.
-  ws.n_only = 0;
-  if (c.res < 0) {
-    std::fill(y.on.begin(), y.on.end(), 0);
-    std::copy(rows, rows + n, y.list.begin());
-    for (int i = 0; i < n; ++i) y.on[rows[i]] = 1;
-    y.n = n;
-    set_pairs(ws, c.y);
-    return;
-  }
-  const Active &res = ws.active[c.res];
-  std::copy(res.on.begin(), res.on.end(), y.on.begin());
-  for (int i = 0; i < n; ++i) y.on[rows[i]] = 2;
-  y.n = 0;
-  for (int k = 0; k < c.out; ++k) {
-    y.list[y.n] = ws.only[ws.n_only] = k;
-    y.n += y.on[k] != 0;
-    ws.n_only += y.on[k] == 1;
-  }
-  for (int k = 0; k < c.out; ++k) y.on[k] = y.on[k] != 0;
-  set_pairs(ws, c.y);
+  return pairs;
 }
 
 void Engine::stage(const Run &run, const Conv &c) const {
@@ -1100,8 +1147,8 @@ void Engine::tiles(const Run &run, const Conv &c) const {
     if (rows.size() == 0) continue;
     const int first = ws.group_steps[g];
     tile.steps = ws.group_steps[g + 1] - first;
-    tile.xoff = ws.xoff.data() + first;
-    tile.woff = ws.woff.data() + first;
+    tile.xoff = ws.step_x + first;
+    tile.woff = ws.step_w + first;
     const Split split = best_split(table_, rows.size(), px.size());
     const int row_parts = (rows.size() + split.rows - 1) / split.rows;
     const int px_parts = (px.size() + split.vecs - 1) / split.vecs;
@@ -1231,7 +1278,7 @@ void Engine::mean(const Run &run, const MeanOp &m, int op) const {
     std::fill(s, s + kSumLanes, 0.0f);
   }
   if (run.t == 0) {
-    pooled(run, m.x, ws.p.data());
+    pooled(run, m.x, 0, a.n, ws.p.data());
     copy_active(ws, m.x, m.y);
     for (int i = 0; i < a.n; ++i) {
       *plane(ws, m.y, a.list[i]) = *sum(ws, m.y, a.list[i], 0) = ws.p[i];
@@ -1298,7 +1345,7 @@ void Engine::se(const Run &run, const SqueezeExcite &s, int op) const {
   const Active &a = ws.active[s.x];
   if (run.t == 0) {
     float *p = ws.p.data(), *h = ws.h.data(), *q = ws.q.data();
-    pooled(run, s.x, p);
+    pooled(run, s.x, 0, a.n, p);
     std::copy(s.bias1.data(), s.bias1.data() + s.hidden, h);
     for (int i = 0; i < a.n; ++i) {
       const float *row = s.weight1.data() + size_t(a.list[i]) * s.hidden;
@@ -1334,8 +1381,8 @@ void Engine::linear(const Run &run, const Linear &l, int op, float *out) const {
   Watch watch(run, op);
   Workspace &ws = run.ws;
   const Active &a = ws.active[l.x];
-  float *p = ws.p.data() + size_t(run.t) * round_up(widest_, kRound);
-  pooled(run, l.x, p);
+  float *p = part(ws.p, run.t);
+  pooled(run, l.x, 0, a.n, p);
   const Share mine = share_lines(l.out, run.t, run.n);
   const int pitch = round_up(l.out, kRound);
   std::copy(l.bias.data() + mine.begin, l.bias.data() + mine.end, out + mine.begin);

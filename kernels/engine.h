@@ -103,6 +103,7 @@ struct Gate {  // h = W (p * scale) + b over the dynamic channels, low-rank wher
   Floats constant;               // [K] saliency of the static channels, 0 for pruned and dynamic ones
   Floats importance, sign;       // [K]
   std::vector<uint8_t> scaled;   // [K] whether pi is multiplied in at run time (it is not folded)
+  int64_t n_scaled = 0;          // of these
   float ceiling = 0;
   int k = 0;
 };
@@ -133,6 +134,7 @@ struct Conv {
   std::vector<Tap> tap;
   std::vector<int> phases;  // [phase] -> dy * stride + dx
   Layout stage;             // height, width: rows and columns that are copied
+  std::vector<int32_t> all_xoff, all_woff;  // steps with all inputs active; none for pairs
 };
 
 struct PoolOp {
@@ -185,7 +187,7 @@ struct Workspace {
   std::vector<uint32_t *> words;  // by buffer: planes of pairs
   std::vector<Floats> sums;    // by buffer: [threads][channels][kSumLanes]
   std::vector<Active> active;  // by value
-  Floats staging, p, r, h, q, scale, shift, zeros;
+  Floats staging, p, r, h, q, scale, shift, zeros;  // p, r, h: one for each thread
   std::vector<int32_t> keys, rows, xoff, woff, group_steps, group_rows, only;
   std::vector<uint32_t> bits;  // active inputs of the present layer, one bit each
   struct Pointers {  // of one thread, by row
@@ -196,6 +198,7 @@ struct Workspace {
     Floats wide;                   // all weights of these rows as floats, for products that do not read pairs
   };
   std::vector<Pointers> pointers;
+  const int32_t *step_x = nullptr, *step_w = nullptr;  // steps of the present layer: xoff and woff, or all of them
   int n_rows = 0, n_only = 0;
   std::vector<int64_t> macs;                // by op, of the latest image
   std::vector<double> seconds;              // by op and part, summed over images
@@ -209,6 +212,11 @@ struct Run {  // one thread's view of one image
   Barrier *barrier;
   void wait() const {
     if (n > 1) barrier->wait();
+  }
+  template <typename Alone>
+  void wait(const Alone &alone) const {
+    if (n > 1) barrier->wait(alone);
+    else alone();
   }
 };
 
@@ -255,6 +263,10 @@ class Engine {
   int check_value(int v) const;
   void check_floats(int x, int y, const std::string &name) const;
   bool untouched(const Conv &c) const;
+  // Floats from one input channel of a convolution to the next, where it reads them.
+  int plane_of(const Conv &c) const {
+    return c.staged ? c.stage.plane * static_cast<int>(c.phases.size()) : layout(c.x).plane;
+  }
   const Layout &layout(int value) const { return buffers_[values_[value].buffer].layout; }
   float *plane(Workspace &ws, int value, int c) const {
     const Buffer &b = buffers_[values_[value].buffer];
@@ -279,6 +291,7 @@ class Engine {
   void conv(const Run &run, const Conv &c, int op) const;
   void predict(const Run &run, const Conv &c) const;
   void choose(const Run &run, const Conv &c, int op) const;
+  int64_t list_steps(Workspace &ws, const Conv &c, int n) const;
   void stage(const Run &run, const Conv &c) const;
   void tiles(const Run &run, const Conv &c) const;
   bool makes_weights(const Active &x) const;  // a few rows at a time, for each image
@@ -290,7 +303,8 @@ class Engine {
   void add(const Run &run, const AddOp &a, int op) const;
   void se(const Run &run, const SqueezeExcite &s, int op) const;
   void linear(const Run &run, const Linear &l, int op, float *out) const;
-  void pooled(const Run &run, int value, float *p) const;
+  void pooled(const Run &run, int value, int begin, int end, float *p) const;  // means of its active channels
+  float *part(Floats &of, int t) const;  // of what is kept for each thread apart
   void copy_active(Workspace &ws, int from, int to) const;
   void halve_all(const Run &run, int value) const;
 
@@ -312,6 +326,7 @@ class Engine {
   std::vector<AddOp> adds_;
   std::vector<SqueezeExcite> ses_;
   std::vector<Linear> linears_;
+  std::vector<int32_t> first_;  // 0, 1, 2, ...: the rows where all win
   int input_ = -1, classes_ = 0;
   size_t staging_ = 0, picked_ = 0, wide_ = 0;
   int widest_ = 1, most_steps_ = 1, most_groups_ = 1, longest_ = kRound;

@@ -26,9 +26,15 @@ class Barrier {
  public:
   explicit Barrier(int n) : n_(n) {}
   void wait() {
-    if (n_ == 1) return;
+    wait([] {});
+  }
+  // The last to arrive runs `alone` while the others still wait: what one thread has to do needs no barrier of its own.
+  template <typename Alone>
+  void wait(const Alone &alone) {
+    if (n_ == 1) return alone();
     const int round = round_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == n_) {
+      alone();
       arrived_.store(0, std::memory_order_relaxed);
       round_.store(round + 1, std::memory_order_release);
       return;
