@@ -7,16 +7,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from afds import fitting
 from afds.artifact import load_run
 from afds.config import DataConfig, DescentConfig, FitConfig, LatencyConfig, OptimConfig
 from afds.cost import measure_cost
-from afds.data import write_digits
+from afds.data import Augment, Preprocess, TwoViews, train_transform, write_digits
 from afds.distillation import FrozenNetwork
 from afds.errors import ConfigError
 from afds.evaluation import evaluate_folder
@@ -24,7 +27,8 @@ from afds.files import read_json
 from afds.fitting import fit
 from afds.measure import measure_run
 from afds.runtime import is_built
-from afds.views import SHRINKS_FROM, averaged, side_for, smaller
+from afds.task import mix
+from afds.views import SHRINKS_FROM, averaged, side_for, views_of
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}'
 
@@ -41,13 +45,32 @@ def test_sides_of_the_usual_sizes() -> None:
     assert side_for(2, 224) == 224
 
 
-def test_smaller_averages_and_never_enlarges() -> None:
-    x = torch.randn(2, 3, 32, 32)
-    assert smaller(x, 32) is x
-    assert smaller(x, 40) is x
-    assert smaller(torch.full((1, 3, 32, 32), 0.7), 20).sub(0.7).abs().max() < 1e-6
-    assert smaller(x, 16).shape == (2, 3, 16, 16)
-    assert smaller(x, 16).std() < 0.8 * x.std()  # fine detail is averaged, not left out
+@pytest.mark.parametrize("photo_side", [40, 90, 400])
+def test_two_views_show_the_same_part_as_sharply_as_one(photo_side: int) -> None:
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(0, 255, (photo_side, photo_side + 8, 3), dtype=np.uint8))
+    large = Preprocess(32, 36, "bicubic", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    augment = Augment(colour=0.3)
+    views = TwoViews(train_transform(large, augment), train_transform(large.at(24), augment))
+    torch.manual_seed(3)
+    one, two = views(photo)
+    after = torch.rand(())
+    torch.manual_seed(3)
+    assert torch.equal(one, train_transform(large, augment)(photo))
+    assert torch.equal(after, torch.rand(()))  # nothing after it depends on there being two
+    assert two.shape == (3, 24, 24)
+    coarse = [F.interpolate(view[None], (6, 6), mode="area") for view in (one, two)]
+    assert torch.corrcoef(torch.stack([c.flatten() for c in coarse]))[0, 1] > 0.8
+
+
+def test_views_of_a_batch() -> None:
+    x, y = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 6, 6)
+    assert views_of(x)[0] is views_of(x)[-1] is x
+    assert views_of([x, y])[0] is x
+    assert views_of([x, y])[-1] is y
+    mixed, other, share = mix([x, y], 1.0)
+    for blend, view in zip(mixed, (x, y), strict=True):
+        assert torch.allclose(blend, share * view + (1 - share) * view[other], atol=1e-6)
 
 
 def test_averaged_keeps_means_and_leaves_equal_sizes_alone() -> None:
@@ -152,6 +175,9 @@ def test_milliseconds_are_measured_at_the_size_that_is_looked_at(place: Path, mo
 def test_what_cannot_be_is_refused(place: Path) -> None:
     with pytest.raises(ConfigError, match="at most that"):
         fit(options(place, place / "no", source=str(place / "dense"), descent=DescentConfig(input_size=48)), quiet=True)
+    cropped = DataConfig(input_size=32, workers=0, val_fraction=0.2, crop="random")
+    with pytest.raises(ConfigError, match="two sizes"):
+        fit(options(place, place / "no", source=str(place / "dense"), data_options=cropped), quiet=True)
     with pytest.raises(ConfigError, match="without settling"):
         DescentConfig(settle=False, input_size=24)
     assert not (place / "no").exists()

@@ -29,6 +29,8 @@ from afds.data import (
     Item,
     Preprocess,
     Splits,
+    Transform,
+    TwoViews,
     eval_transform,
     make_loader,
     train_transform,
@@ -110,6 +112,7 @@ class Setup:
         free = will_settle and (self.is_base or config.teacher is None)  # to look at smaller images than its teacher
         if free and config.descent.input_size:
             self._look_at(config.descent.input_size)
+        free = free and config.data_options.crop == "resized"
         probe = self._images(splits.val, config.descent.images)
         self.stopwatch = self._time(budget.ms, probe)
         if free and not config.descent.input_size:
@@ -135,7 +138,7 @@ class Setup:
 
         o, d = config.optim, config.data_options
         augment = Augment(crop=d.crop, scale=(d.scale, 1.0), flip=d.flip)
-        train_set = ImageDataset(splits.train, train_transform(self.taught_at, augment), cache=d.cache)
+        train_set = ImageDataset(splits.train, self._views(augment), cache=d.cache)
         loader = make_loader(train_set, batch_size=o.batch_size, shuffle=True, seed=config.seed, workers=d.workers,
                              drop_last=True)  # fmt: skip
         epochs = o.epochs or default_epochs(len(splits.train)) * (RECOVERY if settles else 1)
@@ -151,7 +154,7 @@ class Setup:
             reference=reference, held=tuple(self._images(splits.val, 4 * config.descent.images)) if settles else (),
             refit_on=tuple(self._images(splits.train, config.descent.reconstruct)) if refits else (),
             pruning=self._pruning(compression, size, total_steps), reference_macs=self.reference_macs,
-            ms=budget.ms, stopwatch=self.stopwatch, side=size if size != self.taught_at.input_size else 0,
+            ms=budget.ms, stopwatch=self.stopwatch,
         )  # fmt: skip
 
     def _look_at(self, side: int) -> None:
@@ -159,12 +162,23 @@ class Setup:
         now = self.taught_at.input_size
         if side > now:
             raise ConfigError(f"--descent.input-size {side}: the dense network sees {now} px; give at most that.")
+        crop = self.config.data_options.crop
+        if side < now and crop != "resized":
+            raise ConfigError(f"--descent.input-size {side}: with --data-options.crop {crop} a crop is not the same at "
+                              "two sizes. Leave one of them out.")  # fmt: skip
         if side < now:
             self.preprocess, self.reference_macs = self.taught_at.at(side), self.dense_macs
             macs_at(self.network, side)  # refused where the network cannot run on it
         self.config = dataclasses.replace(
             self.config, descent=dataclasses.replace(self.config.descent, input_size=side)
         )
+
+    def _views(self, augment: Augment) -> Transform | TwoViews:
+        """Training images in the teacher's size, and in the network's where that is smaller."""
+        large = train_transform(self.taught_at, augment)
+        if self.preprocess == self.taught_at:
+            return large
+        return TwoViews(large, train_transform(self.preprocess, augment))
 
     def _time(self, ms: float | None, probe: Sequence[Tensor], *, again: bool = False) -> Stopwatch | None:
         """The stopwatch of a budget in milliseconds, and what they come to in MACs; into `config` and `ratio`.

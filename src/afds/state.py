@@ -20,7 +20,6 @@ from afds.schedule import Descent
 from afds.selection import densities, gates, set_density
 from afds.settling import settle
 from afds.task import Task, make_optimizer, parameter_groups
-from afds.views import smaller
 
 
 @dataclass
@@ -46,13 +45,6 @@ class Plan:
     reference_macs: float = 0.0  # of the network that the budget is stated against, where it is not this one
     ms: float | None = None  # a budget in milliseconds
     stopwatch: Stopwatch | None = None
-    side: int = 0  # of the images that the network looks at, in pixels, where its teacher sees larger ones
-
-    def view(self, x_BCHW: Tensor) -> Tensor:
-        """Training images as the network sees them; its teacher sees them as they are."""
-        if not self.side:
-            return x_BCHW
-        return smaller(x_BCHW, self.side).contiguous(memory_format=torch.channels_last)
 
 
 class State:

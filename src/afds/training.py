@@ -34,6 +34,7 @@ from afds.selection import densities
 from afds.stages import cut_channels, descend, settle_winners
 from afds.state import Plan, State
 from afds.task import learning_rate, mix
+from afds.views import views_of
 
 
 def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Callable[[dict[str, Any]], None]) -> None:
@@ -55,21 +56,21 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
         timed.reset()
         started, sums, images, step = time.perf_counter(), _Sums(), 0, epoch * plan.steps_per_epoch
         task.train()
-        for x_BCHW, y_B in timed:
+        for x, y_B in timed:
             descend(fabric, plan, state, step, record, epoch)
             settled = settle_winners(fabric, plan, state, step, record, epoch, progress)
             if settled or cut_channels(plan, state, step, record, epoch):
                 wrapped, optimizer = state.start(fabric)
-            x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+            views = [v_BCHW.contiguous(memory_format=torch.channels_last) for v_BCHW in views_of(x)]
             rate = learning_rate(step, plan.epochs * plan.steps_per_epoch, c.optim)
             rate *= c.descent.lr if plan.descent is not None else 1.0
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["multiple"]
             mixed = None
             if c.optim.mixup > 0 and len(y_B) > 1 and float(torch.rand(())) < c.optim.mixup_share:
-                x_BCHW, other_B, share = mix(x_BCHW, c.optim.mixup)
+                views, other_B, share = mix(views, c.optim.mixup)
                 mixed = y_B[other_B], share
-            losses = wrapped(plan.view(x_BCHW), y_B, state.teach(x_BCHW, fabric), mixed)
+            losses = wrapped(views[-1], y_B, state.teach(views[0], fabric), mixed)
             if not torch.isfinite(losses["loss"]):
                 raise TrainingError(
                     f"The loss is {float(losses['loss'])} at step {step} (epoch {epoch + 1}). "
@@ -104,7 +105,7 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
         fabric.barrier()
     if plan.descent is not None and c.descent.reestimate > 0:
         set_epoch(plan.train_loader, plan.epochs)
-        batches = ((plan.view(x_BCHW), y_B) for x_BCHW, y_B in plan.train_loader)
+        batches = ((views_of(x)[-1], y_B) for x, y_B in plan.train_loader)
         reestimate_norms(task.network, batches, c.descent.reestimate)
 
 

@@ -2,9 +2,9 @@
 
 ::
 
-    photo --> crop, flip --> x, side S --+--> teacher ---------------> logits, maps --> averaged to the small maps' size
-                                         |                                                             |
-                                         '--> x, side s < S --> network --> logits, maps --------------+--> loss
+    photo --> crop, flip --+--> side S -----> teacher --> logits, maps --> averaged to the small maps' size
+                           |                                                     |
+                           '--> side s < S --> network --> logits, maps ---------+--> loss
 
 MACs go with s^2, so at s = 7/8 S a network keeps 1.3 times the channels' products for the same budget. Why: below a
 quarter of the MACs, pixels are cheaper to lose than channels (docs/accuracy.md). The weights start from the same dense
@@ -15,6 +15,7 @@ at S, and so are all ratios.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,11 +33,9 @@ def side_for(ratio: float, side: int) -> int:
     return min(side, STEP * round(SHARE * side / STEP))
 
 
-def smaller(x_BCHW: Tensor, side: int) -> Tensor:
-    """The images at (side, side) where they are larger, with anti-aliasing."""
-    if x_BCHW.shape[-1] <= side:
-        return x_BCHW
-    return F.interpolate(x_BCHW, (side, side), mode="bilinear", antialias=True, align_corners=False)
+def views_of(batch: Any) -> list[Tensor]:
+    """The images (B, 3, H, W) of a batch: as the teacher sees them first, as the network does last; mostly the same."""
+    return list(batch) if isinstance(batch, list | tuple) else [batch]
 
 
 def averaged(features: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:

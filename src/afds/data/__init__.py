@@ -11,7 +11,7 @@ from afds.data.loader import ImageDataset, make_loader, set_epoch
 from afds.data.preprocess import Preprocess
 from afds.data.split import Splits, make_splits
 from afds.data.timing import TimedLoader
-from afds.data.transforms import Augment, Transform, eval_transform, train_transform
+from afds.data.transforms import Augment, Transform, TwoViews, eval_transform, train_transform
 
 __all__ = [
     "Augment",
@@ -23,6 +23,7 @@ __all__ = [
     "Splits",
     "TimedLoader",
     "Transform",
+    "TwoViews",
     "Unreadable",
     "check_images",
     "describe",

@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from afds.data.cache import ImageCache
 from afds.data.folder import Item
 from afds.data.images import ImageError, read_shrunk
-from afds.data.transforms import Transform
+from afds.data.transforms import Transform, TwoViews
 from afds.errors import ConfigError, DataError
 
 DEFAULT_CACHE_BYTES = 2**30
@@ -43,13 +42,13 @@ class Ticket(NamedTuple):
         return int(mixed.generate_state(1, np.uint64)[0])
 
 
-class ImageDataset(Dataset[tuple[Tensor, int]]):
-    """(image (3, H, W) float32, label) for each item."""
+class ImageDataset(Dataset[tuple[Any, int]]):
+    """(image (3, H, W) float32, label) for each item; with `TwoViews` a pair of images in place of one."""
 
     def __init__(
         self,
         items: Sequence[Item],
-        transform: Transform,
+        transform: Transform | TwoViews,
         *,
         cache: bool = False,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
@@ -66,7 +65,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, key: Ticket | int) -> tuple[Tensor, int]:
+    def __getitem__(self, key: Ticket | int) -> tuple[Any, int]:
         """key: a ticket, or a position, for which the transform draws from the generator as it stands.
 
         Raises ImageError naming the file.
@@ -78,7 +77,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             torch.random.default_generator.manual_seed(key.random_seed)
             return self.transform(image), self.items[key.position].label
 
-    def __getitems__(self, keys: Sequence[Ticket]) -> list[tuple[Tensor, int]] | ImageError:
+    def __getitems__(self, keys: Sequence[Ticket]) -> list[tuple[Any, int]] | ImageError:
         """A batch, not yet stacked; an unreadable file comes back as its error, for `_Loader` to raise."""
         try:
             return [self[key] for key in keys]
@@ -114,7 +113,7 @@ class TicketSampler(Sampler[Ticket]):
             yield Ticket(position, epoch, self.seed)
 
 
-class _Loader(DataLoader[tuple[Tensor, int]]):
+class _Loader(DataLoader[tuple[Any, int]]):
     """Raises a worker's ImageError here, as it was: DataLoader would put the worker's traceback into it."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator serves as well
@@ -129,7 +128,7 @@ class _Loader(DataLoader[tuple[Tensor, int]]):
             yield batch
 
 
-def _stack(batch: list[tuple[Tensor, int]] | ImageError) -> Any:
+def _stack(batch: list[tuple[Any, int]] | ImageError) -> Any:
     return batch if isinstance(batch, ImageError) else default_collate(batch)
 
 
@@ -143,7 +142,7 @@ def make_loader(
     workers: int = 0,
     drop_last: bool = False,
     pin_memory: bool = False,
-) -> DataLoader[tuple[Tensor, int]]:
+) -> DataLoader[tuple[Any, int]]:
     """Batches of (images (B, 3, H, W) float32, labels (B,) int64), from `epoch` on.
 
     Call `set_epoch` before each further epoch. A data set smaller than `batch_size` gives one batch of all

@@ -56,9 +56,36 @@ class Transform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """image: RGB, of any size. Returns a float32 tensor (3, input_size, input_size), normalised."""
-        pixels_HWC = np.array(shrink(image, self.shrink_to))  # a copy: a cached image stays as it is
+        return self.render(shrink(image, self.shrink_to))
+
+    def render(self, image: Image.Image) -> Tensor:
+        """The same of an image that is not to be shrunk first."""
+        pixels_HWC = np.array(image)  # a copy: a cached image stays as it is
         out: Tensor = self._steps(torch.from_numpy(pixels_HWC).permute(2, 0, 1))
         return out.contiguous()
+
+
+class TwoViews:
+    """One crop, flip and colours at two sizes, both straight from the photo.
+
+    Why not one from the other: an image that was resized twice is softer than those that the network meets later, and
+    a network that learned from such loses points on sharp ones (docs/accuracy.md).
+    """
+
+    def __init__(self, large: Transform, small: Transform) -> None:
+        self.shrink_to = large.shrink_to
+        self.large, self.small = large, small
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        """image: RGB, of any size. Returns (3, S, S) and (3, s, s); both draw the same random numbers."""
+        image = shrink(image, self.shrink_to)
+        state = torch.get_rng_state()
+        large = self.large.render(image)
+        after = torch.get_rng_state()
+        torch.set_rng_state(state)
+        small = self.small.render(image)
+        torch.set_rng_state(after)
+        return large, small
 
 
 def eval_transform(preprocess: Preprocess) -> Transform:
@@ -72,7 +99,7 @@ def train_transform(preprocess: Preprocess, augment: Augment | None = None) -> T
     augment = augment or Augment()
     size, mode = preprocess.input_size, InterpolationMode(preprocess.interpolation)
     steps: list[torch.nn.Module]
-    if augment.crop == "resized":
+    if augment.crop == "resized":  # where in the image: drawn whatever the output's size, as `TwoViews` needs it
         steps = [v2.RandomResizedCrop(size, scale=augment.scale, interpolation=mode, antialias=True)]
     else:
         cut = v2.RandomCrop(size) if augment.crop == "random" else v2.CenterCrop(size)
