@@ -26,8 +26,8 @@ from afds.evaluation import evaluate_folder
 from afds.files import read_json
 from afds.fitting import fit
 from afds.measure import measure_run
+from afds.mixing import mix
 from afds.runtime import is_built
-from afds.task import mix
 from afds.views import SHRINKS_FROM, averaged, side_for, views_of
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}'

@@ -140,7 +140,7 @@ def compare(
             versions = {p: metadata.version(p) for p in ("torch", "onnxruntime", "openvino")}
             line = {"arch": arch, "threads": threads, "runtime": name, "precision": precision, "median_ms": median,
                     "p10_ms": low, "p90_ms": high, "macs_ratio": ratio, "predictor": args.predictor, "cpu": _cpu_name(),
-                    "versions": versions}  # fmt: skip
+                    "date": time.strftime("%Y-%m-%d"), "versions": versions}  # fmt: skip
             with args.json.open("a") as out:
                 out.write(json.dumps(line) + "\n")
     if args.profile:

@@ -231,7 +231,10 @@ class OptimConfig:
     """Alpha of mixup: pairs of training images are blended by a share drawn from Beta(alpha, alpha), labels with them;
     a teacher sees the same blend. 0: not."""
     mixup_share: float = 1.0
-    """Share of the steps whose images are blended."""
+    """Share of the steps whose images are mixed."""
+    cutmix: float = 0.0
+    """Of those steps, the share that pastes a rectangle of the other image instead of blending both (CutMix); its area
+    is drawn as mixup's share is."""
     clip: float = 10.0
     """Largest gradient norm. 0: no clipping."""
 
@@ -250,6 +253,7 @@ class OptimConfig:
         _require(0 <= self.label_smoothing < 1, "optim.label-smoothing", self.label_smoothing, "from 0 to below 1")
         _require(0 <= self.mixup <= 10, "optim.mixup", self.mixup, "from 0 to 10")
         _require(0 <= self.mixup_share <= 1, "optim.mixup-share", self.mixup_share, "from 0 to 1")
+        _require(0 <= self.cutmix <= 1, "optim.cutmix", self.cutmix, "from 0 to 1")
         _require(self.clip >= 0, "optim.clip", self.clip, "0 or more")
 
 
@@ -267,7 +271,9 @@ class RecoveryConfig:
     mixup: float = 1.0
     """Alpha of mixup: the dense network says of blends what it does not say of images that it knows by heart."""
     mixup_share: float = 0.5
-    """Share of the steps whose images are blended."""
+    """Share of the steps whose images are mixed."""
+    cutmix: float = 0.0
+    """Of those steps, the share that pastes a rectangle instead of blending."""
     hints: float = 10.0
     """Weight of matching the output of every residual block with the fine-tuned dense network's."""
 
@@ -276,6 +282,7 @@ class RecoveryConfig:
         _require(self.weight_decay >= 0, "recovery.weight-decay", self.weight_decay, "0 or more")
         _require(0 <= self.mixup <= 10, "recovery.mixup", self.mixup, "from 0 to 10")
         _require(0 <= self.mixup_share <= 1, "recovery.mixup-share", self.mixup_share, "from 0 to 1")
+        _require(0 <= self.cutmix <= 1, "recovery.cutmix", self.cutmix, "from 0 to 1")
         _require(self.hints >= 0, "recovery.hints", self.hints, "0 or more")
 
 
@@ -413,7 +420,7 @@ def recovering(config: FitConfig) -> FitConfig:
     """The options with those of `recovery` in their places."""
     r = config.recovery
     optim = dataclasses.replace(config.optim, optimizer=r.optimizer, lr=r.lr, weight_decay=r.weight_decay,
-                                mixup=r.mixup, mixup_share=r.mixup_share)  # fmt: skip
+                                mixup=r.mixup, mixup_share=r.mixup_share, cutmix=r.cutmix)  # fmt: skip
     return dataclasses.replace(config, optim=optim, distillation=dataclasses.replace(config.distillation,
                                                                                      hints=r.hints))  # fmt: skip
 

@@ -118,18 +118,3 @@ def make_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.op
     if optim.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=optim.lr)
     return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.momentum > 0)
-
-
-def mix(views: Sequence[Tensor], alpha: float) -> tuple[list[Tensor], Tensor, float]:
-    """Mixup: each image blended with another of the batch, by one share of Beta(alpha, alpha).
-
-    Zhang et al., *mixup: Beyond Empirical Risk Minimization*, ICLR 2018; with a teacher that sees the same blend, Beyer
-    et al., *Knowledge distillation: A good teacher is patient and consistent*, CVPR 2022.
-    Args:
-        views: the batch (B, 3, H, W), in one size or several.
-    Returns:
-        The blends in all sizes, the other image of each (B,), and the share of the first.
-    """
-    share = float(torch.distributions.Beta(alpha, alpha).sample())
-    other_B = torch.randperm(len(views[0]))
-    return [torch.lerp(x_BCHW[other_B], x_BCHW, share) for x_BCHW in views], other_B, share

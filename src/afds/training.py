@@ -28,12 +28,13 @@ from afds.cost import CostMeter, has_selection
 from afds.data import TimedLoader, set_epoch
 from afds.errors import TrainingError
 from afds.evaluation import evaluate
+from afds.mixing import mix, paste
 from afds.norms import reestimate_norms
 from afds.record import Record
 from afds.selection import densities
 from afds.stages import cut_channels, descend, settle_winners
 from afds.state import Plan, State
-from afds.task import learning_rate, mix
+from afds.task import learning_rate
 from afds.views import views_of
 
 
@@ -68,7 +69,8 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
                 group["lr"] = rate * group["multiple"]
             mixed = None
             if c.optim.mixup > 0 and len(y_B) > 1 and float(torch.rand(())) < c.optim.mixup_share:
-                views, other_B, share = mix(views, c.optim.mixup)
+                cut = c.optim.cutmix > 0 and float(torch.rand(())) < c.optim.cutmix
+                views, other_B, share = (paste if cut else mix)(views, c.optim.mixup)
                 mixed = y_B[other_B], share
             losses = wrapped(views[-1], y_B, state.teach(views[0], fabric), mixed)
             if not torch.isfinite(losses["loss"]):
