@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import afds  # noqa: F401  first of all: it makes torchvision, and with it timm, importable
@@ -25,10 +26,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _one_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def _one_precision() -> Iterator[None]:
     """`auto` asks a stopwatch, which a busy machine can answer differently for two runs of one test."""
-    monkeypatch.setattr(hardware, "_bf16_speedup", lambda: 1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "_bf16_speedup", lambda: 1.0)
+        yield
 
 
 @pytest.fixture(params=list(FAMILIES))

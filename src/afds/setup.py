@@ -83,15 +83,20 @@ class Setup:
         self._pretrained_cfg: dict[str, Any] | None = None
         self._preprocess_of_run: Preprocess | None = None
         transfer, compression = parse_method(config.method)
-        budget = parse_budget(config.budget)
         torch.manual_seed(config.seed)  # the fresh classifier, phi and low-rank predictors
+        dense_network = self._start(transfer, compression)
+        probe = self._meet_budget()
+        self.plan = self._plan(transfer, compression, dense_network, probe)
+
+    def _start(self, transfer: str, compression: str) -> nn.Module:
+        """Opens the source and makes `network` of it, what learns; returns the same before selection was put in."""
+        config, fabric, budget = self.config, self.fabric, parse_budget(self.config.budget)
         network = self._source(config.source, transfer)
         self.preprocess = self._preprocess()
-        size = self.preprocess.input_size
         network.to(fabric.device)
         if not has_selection(network):
-            check_supported(network, size)
-        self.dense_macs = measure_cost(network, self._images(splits.val, 1)).dense
+            check_supported(network, self.preprocess.input_size)
+        self.dense_macs = measure_cost(network, self._images(self.splits.val, 1)).dense
         if budget.ms is not None and compression != "afs":
             raise ConfigError(f"--budget {config.budget}: a latency can be asked of methods with +afs; give "
                               f"{config.method} a ratio of MACs such as 5x.")  # fmt: skip
@@ -99,32 +104,41 @@ class Setup:
         self.reference_macs = 0.0
         if compression in ("small", "lowres", "small+lowres"):
             network = self._cheaper(network, compression, transfer)
-            size = self.preprocess.input_size
         self.taught_at = self.preprocess  # what training images are read as; the network may look at smaller ones
-        dense_network = network
+        self.network = network
         if compression == "afs" and not has_selection(network):
-            network, self.selection = select(network, config.selection), config.selection
+            self.network, self.selection = select(network, config.selection), config.selection
         elif compression != "afs" and has_selection(network):
             raise ConfigError(f"--source {config.source} carries selection: {config.method} would train it as a dense "
                               "network. Use a method with +afs, or another source.")  # fmt: skip
-        self.network = network.requires_grad_(True)
-        will_settle = config.method == "afds" and config.descent.settle and budget.ratio != 1
+        self.network.requires_grad_(True)
+        return network
+
+    def _meet_budget(self) -> list[Tensor]:
+        """Finds the images' side and what milliseconds come to, refuses what cannot be met; returns the images, of the
+        validation split, on which cost is counted."""
+        config, budget = self.config, parse_budget(self.config.budget)
+        d, will_settle = config.descent, config.method == "afds" and config.descent.settle and budget.ratio != 1
         free = will_settle and (self.is_base or config.teacher is None)  # to look at smaller images than its teacher
-        if free and config.descent.input_size:
-            self._look_at(config.descent.input_size)
-        free = free and config.data_options.crop == "resized"
-        probe = self._images(splits.val, config.descent.images)
+        if free and d.input_size:
+            self._look_at(d.input_size)
+        probe = self._images(self.splits.val, d.images)
         self.stopwatch = self._time(budget.ms, probe)
-        if free and not config.descent.input_size:
-            self._look_at(side_for(self.ratio, size))
+        if free and not d.input_size and config.data_options.crop == "resized":
+            self._look_at(side_for(self.ratio, self.preprocess.input_size))
             if self.preprocess != self.taught_at:
-                probe = self._images(splits.val, config.descent.images)
+                probe = self._images(self.splits.val, d.images)
                 self.stopwatch = self._time(budget.ms, probe, again=True)
-        config, size = self.config, self.preprocess.input_size  # as found
+        if has_selection(self.network) and self.ratio > 1:  # a hopeless budget: now, not after hours
+            solve(self.network, uniform(self.network), self.ratio, probe[:1], steps=0, reference=self.reference_macs)
+            set_density(self.network, 1.0)
+        return probe
+
+    def _plan(self, transfer: str, compression: str, dense_network: nn.Module, probe: list[Tensor]) -> Plan:
+        """What the training is given."""
+        config, splits, fabric, network = self.config, self.splits, self.fabric, self.network
+        size = self.preprocess.input_size
         selects = has_selection(network) and self.ratio > 1
-        if selects:  # a hopeless budget: now, not after hours
-            solve(network, uniform(network), self.ratio, probe[:1], steps=0, reference=self.reference_macs)
-            set_density(network, 1.0)
         best = selects and self.is_base and config.method == "afds"
         settles, refits = best and config.descent.settle, best and config.descent.reconstruct > 0
         if settles:
@@ -143,7 +157,7 @@ class Setup:
                              drop_last=True)  # fmt: skip
         epochs = o.epochs or default_epochs(len(splits.train)) * (RECOVERY if settles else 1)
         total_steps = epochs * (len(loader) // fabric.world_size)
-        self.plan = Plan(
+        return Plan(
             config=config, task=task, train_loader=fabric.setup_dataloaders(loader),
             val_loader=self.eval_loader(splits.val), probe=probe,
             labelled=self._labelled(splits.train, 3 * config.descent.images) if selects else [],
@@ -154,7 +168,7 @@ class Setup:
             reference=reference, held=tuple(self._images(splits.val, 4 * config.descent.images)) if settles else (),
             refit_on=tuple(self._images(splits.train, config.descent.reconstruct)) if refits else (),
             pruning=self._pruning(compression, size, total_steps), reference_macs=self.reference_macs,
-            ms=budget.ms, stopwatch=self.stopwatch,
+            ms=parse_budget(config.budget).ms, stopwatch=self.stopwatch,
         )  # fmt: skip
 
     def _look_at(self, side: int) -> None:
