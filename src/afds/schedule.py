@@ -92,7 +92,7 @@ def sparing_stream(model: nn.Module) -> Allocation:
     """d = t ** e with a smaller e for what writes the residual stream (ours).
 
     Measured: the loss rises by 1.8 per factor e of MACs saved in the convolutions inside of blocks, by 2.8 in those
-    that write the residual stream, by 4.8 in the stem (docs/accuracy.md).
+    that write the residual stream, by 4.8 in the stem (docs/accuracy-history.md).
     """
     roles = unit_roles(model)
     exponents = {name: SPARING[roles.get(name, "inner")] for name in gates(model)}

@@ -13,8 +13,8 @@
 What stays keeps its predicted saliency: pi = h(x) still scales every channel image by image, as in
 squeeze-and-excitation, at the predictor's cost. Why: in every network that we trained with a free choice two images
 shared 99 % of their winners, freezing the winners cost nothing and freezing the scales up to 4 points, and a narrow
-network trains several times faster than a masked one (docs/accuracy.md). The choice that FBS and the paper leave open
-for every image stays available (`--descent.no-settle`, `afds-paper`, `fbs`).
+network trains several times faster than a masked one (docs/accuracy-history.md). The choice that FBS and the paper
+leave open for every image stays available (`--descent.no-settle`, `afds-paper`, `fbs`).
 """
 
 from __future__ import annotations
