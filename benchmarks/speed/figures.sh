@@ -40,7 +40,7 @@ cat "$out"/runtime-*.jsonl > "$out/runtime.jsonl"
 # shellcheck disable=SC2086
 part folders "$python" "$here/speed.py" --networks $networks --threads 1 "$cores" --out "$out/folders" \
     --only native onnx openvino --rounds "${ROUNDS:-15}"
-for network in resnet18 resnet50; do
+for network in ${LOADED:-resnet50}; do
     part "loading-$network" "$python" "$here/loading.py" --arch "$network"
 done
 "$python" "$here/table.py" "$out" "$out/figures.md"
