@@ -39,7 +39,7 @@ done
 cat "$out"/runtime-*.jsonl > "$out/runtime.jsonl"
 # shellcheck disable=SC2086
 part folders "$python" "$here/speed.py" --networks $networks --threads 1 "$cores" --out "$out/folders" \
-    --only native onnx openvino --rounds "${ROUNDS:-15}"
+    --only native onnx openvino --rounds "${ROUNDS:-10}"
 for network in ${LOADED:-resnet50}; do
     part "loading-$network" "$python" "$here/loading.py" --arch "$network"
 done

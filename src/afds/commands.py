@@ -104,7 +104,7 @@ class Measure:
     precision: tuple[Literal["float32", "bf16"], ...] = ("float32",)
     """What to compute in. bf16: rows of native and openvino, each beside the dense networks in bf16."""
     rounds: int = 15
-    """Rounds in which each row is timed once."""
+    """Rounds in which each row is timed twice."""
     data: Path | None = None
     """Photos on which the static network is frozen. Default: those the run was fitted on."""
     profile: bool = False

@@ -8,10 +8,11 @@
 
     speed-up = median of the fastest dense row / median of this row      share = speed-up / MACs ratio
 
-All rows of one setting run in turn, round after round, so that what else the machine does hits all of them. The dense
-peer has the weights of the run's dense base where that is there, random ones otherwise: time does not depend on them.
-Where the run looks at smaller images than its dense network did, each is timed on images of its own size.
-The peer of a bf16 row is the fastest dense row in bf16. Unless bf16 is asked for, everything is float32.
+All rows of one setting run in turn, round after round, so that what else the machine does hits all of them: in each,
+once the threads of the row before are asleep, one call that does not count and two that do. The dense peer has the
+weights of the run's dense base where that is there, random ones otherwise: time does not depend on them. Where the run
+looks at smaller images than its dense network did, each is timed on images of its own size. The peer of a bf16 row is
+the fastest dense row in bf16. Unless bf16 is asked for, everything is float32.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from afds.runtimes import IN_BF16, OPENERS, PRECISIONS, RUNTIMES, Predictor
 FORMS = ("dense", "static", "dynamic")
 NAME = "measure.json"
 WARM_UP = 3  # calls before the first that counts
+TURN = 2  # calls that count, of each row in each round
 WORTH_IT = 1.1  # faster than the fastest dense row by less: nobody would notice
 
 
@@ -233,15 +235,32 @@ def _setting(
     seconds: dict[tuple[str, str, str], list[float]] = {key: [] for key in calls}
     for _ in range(rounds):
         for key, call in calls.items():
-            begun = time.perf_counter()
-            call()
-            seconds[key].append(time.perf_counter() - begun)
+            if threads > 1:
+                _rest()
+            call()  # after a rest, or another network, the first is slower
+            for _ in range(TURN):
+                begun = time.perf_counter()
+                call()
+                seconds[key].append(time.perf_counter() - begun)
     rows = [_row(*key, threads, batch, times, ratios[key[0]]) for key, times in seconds.items()]
     for row in rows:
         dense = [other.median_ms for other in rows if other.form == "dense" and other.precision == row.precision]
         row.speedup = min(dense) / row.median_ms if dense else 0.0
         row.share = row.speedup / row.macs_ratio if row.form != "dense" and dense else None
     return rows
+
+
+def _rest() -> None:
+    """Until no thread of this process spins any more, half a second at most.
+
+    Why: the threads of ONNX Runtime go on spinning for 35 ms after a call, on cores that the next row is to have; rows
+    of other runtimes took three times as long behind them.
+    """
+    for _ in range(100):
+        begun = time.process_time()
+        time.sleep(0.005)
+        if time.process_time() - begun < 0.001:
+            return
 
 
 def _caller(predict: Predictor, x: np.ndarray, one_by_one: bool) -> Callable[[], Any]:
