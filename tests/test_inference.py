@@ -61,7 +61,7 @@ def test_many_in_order_for_any_batch_size(model: Model, photos: list[Path]) -> N
         again = model.predict(iter(photos), batch_size=batch_size)
         for a, b in zip(whole, again, strict=True):
             assert (a.path, a.label) == (b.path, b.label)
-            assert a.top[0][1] == pytest.approx(b.top[0][1], abs=1e-5)
+            assert a.top[0][1] == pytest.approx(b.top[0][1], abs=1e-4)  # other batch, other order of the sums
     assert [len(p.top) for p in model.predict(photos, top_k=1)] == [1] * len(photos)
     assert model.predict([]) == []
 
