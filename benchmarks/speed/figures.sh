@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every speed figure of the README and the docs again, on this machine: about twenty minutes, which must be idle.
+# The 224 px speed figures of the README and the docs again, on this machine: about twenty minutes, which must be idle.
+# (Those of trained runs, in docs/deploy.md, are `afds measure` of a run.)
 #
 #   benchmarks/speed/figures.sh OUT          OUT/runtime.jsonl, OUT/folders/*/measure.json, OUT/*.txt, OUT/figures.md
 #
