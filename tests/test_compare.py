@@ -16,12 +16,12 @@ from afds.compare.page import write_page
 from afds.compare.plan import CANDIDATES, CompareConfig, make_plan
 from afds.compare.rows import parse_row, read_rows
 from afds.compare.run import compare
-from afds.compare.stats import paired, paired_images
 from afds.compare.table import cells, footnote, markdown, write_tables
 from afds.config import DataConfig, DescentConfig, FitConfig, OptimConfig
 from afds.data import write_digits
 from afds.errors import BudgetError, ConfigError, DataError, RunFolderError
 from afds.fitting import fit
+from afds.stats import paired, paired_images
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'
 DATA = DataConfig(input_size=32, flip=False, workers=0, val_fraction=0.2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,26 @@ def facts(*lines: dict[str, Any]) -> Facts:
 
 def said(*lines: dict[str, Any]) -> str:
     return " ".join(f"[{kind}] {sentence}" for kind, sentence in verdict(facts(*lines)))
+
+
+def test_a_difference_is_judged_on_the_same_images() -> None:
+    """Ten images of 200 lost and none won: two independent sets of 200 could differ as much, the same one does not."""
+    val = final()["val"]
+    base = replace(facts(final(val={**val, "top1": 0.9, "images": 200}, val_hits="1" * 180 + "0" * 20, test=None)),
+                   structure={})  # fmt: skip
+
+    def of(hits: str) -> str:
+        run = facts(final(val={**val, "top1": 0.85, "images": 200}, val_hits=hits, test=None))
+        return " ".join(f"[{kind}] {sentence}" for kind, sentence in verdict(replace(run, base=base)))
+
+    alike = of("1" * 170 + "0" * 30)
+    assert "[bad] Selection lost 5.0 points" in alike
+    assert "On the same images the 95 % interval is" in alike
+    mixed = of("0" * 20 + "1" * 160 + "1" * 10 + "0" * 10)
+    assert "[plain] 5.0 points were lost" in mixed
+    for damaged in ("", "1" * 170, "x" * 200):
+        assert "[plain] 5.0 points were lost" in of(damaged)
+        assert "\u00b1" in of(damaged)
 
 
 def test_verdicts() -> None:

@@ -112,7 +112,7 @@ def read_result(out: Path) -> FitResult:
     cost = Cost(layers, final["val"]["images"], saved.get("reference_macs", 0.0))
     test = _metrics(final["test"], final.get("test_hits") or "") if final["test"] else None
     latency = (final.get("latency") or {}).get("ms")
-    return FitResult(out, _metrics(final["val"]), test, cost, final["seconds"], latency)
+    return FitResult(out, _metrics(final["val"], final.get("val_hits") or ""), test, cost, final["seconds"], latency)
 
 
 def _metrics(saved: dict[str, Any], hits: str = "") -> Metrics:
@@ -266,7 +266,8 @@ def _finish(setup: Setup, record: Record, progress: Progress) -> FitResult:
     seconds += sum(read_result(c.out / step).seconds for step in STEPS if is_run(c.out / step))
     record.write("final", val=val.to_dict(), test=test.to_dict() if test else None, budget=c.budget,
                  dense_macs=val.cost.dense, counted_macs=val.cost.counted, ratio=val.cost.ratio,
-                 test_hits=test.hits if test else None, seconds=seconds, latency=latency)  # fmt: skip
+                 val_hits=val.hits, test_hits=test.hits if test else None, seconds=seconds,
+                 latency=latency)  # fmt: skip
     if fabric.is_global_zero:
         save_run(
             c.out, model=network, arch=setup.arch, arch_args=setup.arch_args, num_classes=len(splits.classes),

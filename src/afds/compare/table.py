@@ -15,8 +15,8 @@ from typing import Any
 
 from rich.table import Table
 
-from afds.compare.stats import Difference, paired, paired_images, spread
 from afds.files import write_atomic, write_json
+from afds.stats import Difference, paired, paired_images, spread
 
 HEAD = ("method", "budget", "seeds", "test", "MACs", "M MACs", "vs ref.", "vs dense")
 

@@ -66,13 +66,18 @@ def loss_figure(facts: Facts) -> str:
     return _svg(draw, 2.5, "Training loss by epoch") if series else ""
 
 
+def density_falls(facts: Facts) -> bool:
+    """Whether it changes at all: not where the channels were settled before the first step, or nothing is chosen."""
+    return any(d != 1 for _, d in _per_epoch(facts, "density_mean"))
+
+
 def accuracy_figure(facts: Facts) -> str:
     """Validation accuracy above, mean density below, against epochs."""
-    accuracy, density = _per_epoch(facts, "val_top1"), _per_epoch(facts, "density_mean")
+    accuracy = _per_epoch(facts, "val_top1")
+    density = _per_epoch(facts, "density_mean") if density_falls(facts) else []
     if not accuracy:
         return ""
-    if all(d == 1 for _, d in density):  # settled before the first step, or dense: a line that says nothing
-        density = []
+    dense = number(sub(facts.base.final, "val").get("top1")) if facts.base is not None else None
 
     def draw(figure: Figure) -> None:
         two = figure.subplots(
@@ -80,6 +85,10 @@ def accuracy_figure(facts: Facts) -> str:
         )
         above = two[0, 0]
         above.plot(*_xy(accuracy), color=_A)
+        if dense is not None:
+            above.axhline(dense, color=_INK, linestyle=":", linewidth=1)
+            above.annotate("dense", (0, dense), xycoords=("axes fraction", "data"), xytext=(2, 2), color=_INK,
+                           textcoords="offset points", fontsize="small")  # fmt: skip
         _percents(above)
         _title(above, "validation accuracy")
         if density:

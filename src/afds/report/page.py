@@ -14,10 +14,9 @@ from afds.report.verdict import verdict
 
 WEAKEST = 8  # classes shown
 
-ACCURACY = (
-    "Accuracy on the validation images after each epoch; below it, where the density falls, the mean density of the "
-    "layers, and shaded the epochs in which it does."
-)
+ACCURACY = "Accuracy on the validation images after each epoch."
+DENSE = "Dotted: the dense network that it began with."
+DENSITY = "Below it the mean density of the layers, and shaded the epochs in which it falls."
 LOSS = "Mean training loss of each epoch; its terms as they are weighted in the sum."
 ENTROPY = (
     "AFD's attention over channels, for each stage of the network: 1 is spread evenly, near 0 sits on a "
@@ -117,8 +116,9 @@ def _figure(svg: str, caption: str) -> str:
 
 
 def _curves(facts: Facts) -> str:
+    said = [ACCURACY, *[DENSE] * (facts.base is not None), *[DENSITY] * figures.density_falls(facts)]
     drawn = (
-        _figure(figures.accuracy_figure(facts), ACCURACY),
+        _figure(figures.accuracy_figure(facts), " ".join(said)),
         _figure(figures.loss_figure(facts), LOSS),
         _figure(figures.entropy_figure(facts), ENTROPY),
     )

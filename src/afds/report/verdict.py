@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from afds.report.facts import Facts, number, sub
+from afds.stats import paired_images
 
 WORTH_IT = 1.1  # fewer MACs than this many times: nothing that a user would notice
 NO_TEST = "There was no test split: choices were made on the validation images, so their accuracy is flattered."
@@ -71,7 +72,8 @@ def _accuracy(facts: Facts) -> list[Sentence]:
             ours, theirs = sub(final, split), sub(facts.base.final, split)
             top1, other = number(ours.get("top1")), number(theirs.get("top1"))
             if top1 is not None and other is not None:
-                return [_compare(top1, other, number(ours.get("images")), name, what)]
+                hits = _hits(final, split), _hits(facts.base.final, split)
+                return [_compare(top1, other, number(ours.get("images")), name, what, hits)]
     epochs, val = facts.of_kind("epoch"), sub(final, "val")
     warm = [number(line.get("val_top1")) for line in epochs if line.get("phase") == "warm"]
     fell = any(line.get("phase") in ("descent", "final") for line in epochs)
@@ -82,16 +84,36 @@ def _accuracy(facts: Facts) -> list[Sentence]:
     return [_compare(top1, before, number(val.get("images")), "validation", what)]
 
 
-def _compare(ours: float, other: float, images: float | None, split: str, what: str) -> Sentence:
-    """One sentence on a difference, and whether so few images can show it."""
+def _hits(final: dict[str, Any], split: str) -> str:
+    """Which images were right, `1` or `0` each; empty where the record does not say."""
+    hits = final.get(f"{split}_hits")
+    return hits if isinstance(hits, str) and hits and not hits.strip("01") else ""
+
+
+def _compare(
+    ours: float, other: float, images: float | None, split: str, what: str, hits: tuple[str, str] = ("", "")
+) -> Sentence:
+    """One sentence on a difference, and whether so few images can show it: in pairs, where all hits are known."""
     lost = 100 * (other - ours)
-    spread = max(0.0, ours * (1 - ours) + other * (1 - other))
-    noise = 196 * math.sqrt(spread / images) if images else 0.0  # points, two independent sets of images
     told = f"{100 * ours:.1f} % on the {split} images, against {100 * other:.1f} % of {what}"
+    if hits[0] and len(hits[0]) == len(hits[1]):
+        gap = paired_images(*hits)
+        low, high = -100 * (gap.high or 0.0), -100 * (gap.low or 0.0)
+        clear = gap.clear
+        how = f"On the same images the 95 % interval is {_points(low)} to {_points(high)} points"
+    else:
+        spread = max(0.0, ours * (1 - ours) + other * (1 - other))
+        noise = 196 * math.sqrt(spread / images) if images else 0.0  # points, two independent sets of images
+        clear = abs(lost) > noise
+        how = f"The 95 % interval is \u00b1 {noise:.1f} points" if noise else ""
+    how = f" {how}." if how else ""
     if lost < 0.05:
-        told_by = f", as far as {images:,.0f} images can tell" if images and -lost <= noise else ""
+        told_by = f", as far as {images:,.0f} images can tell" if images and not clear else ""
         return "good", f"No accuracy was lost{told_by}: {told}."
-    if lost <= noise:
-        chance = f"So few images cannot tell that from chance (\u00b1 {noise:.1f} points)."
-        return "plain", f"{lost:.1f} points were lost: {told}. {chance}"
-    return "bad", f"Selection lost {lost:.1f} points: {told}."
+    if not clear:
+        return "plain", f"{lost:.1f} points were lost: {told}.{how} So few images cannot tell that from chance."
+    return "bad", f"Selection lost {lost:.1f} points: {told}.{how}"
+
+
+def _points(value: float) -> str:
+    return f"{value:.1f}".replace("-", "\u2212")

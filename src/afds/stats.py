@@ -53,8 +53,9 @@ def paired_images(ours: str, theirs: str, *, draws: int = 2000) -> Difference:
     if len(a) != len(b) or not len(a):
         raise ValueError("the two networks did not look at the same images")
     gaps = a - b
-    drawn = np.random.default_rng(0).integers(0, len(gaps), (draws, len(gaps)))
-    low, high = np.quantile(gaps[drawn].mean(1), (0.025, 0.975))
-    better, worse = int((gaps > 0).sum()), int((gaps < 0).sum())
+    better, worse, n = int((gaps > 0).sum()), int((gaps < 0).sum()), len(gaps)
+    # Drawing n images anew is drawing how many of them are better, worse and equal: no n x draws table.
+    drawn = np.random.default_rng(0).multinomial(n, (better / n, worse / n, (n - better - worse) / n), draws)
+    low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / n, (0.025, 0.975))
     p = float(scipy_stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
     return Difference(float(gaps.mean()), float(low), float(high), p, f"bootstrap over {len(gaps)} images")
