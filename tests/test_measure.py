@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,15 @@ def test_every_network_in_every_runtime(run: Path) -> None:
                 assert row.macs_ratio > 1.5
     assert read_json(run / "measure.json")["rows"][0]["runtime"] == "torch"
     assert result.hardware["versions"]["onnxruntime"]
-    page = write_report(run).read_text()
+    page = (run / "report.html").read_text()
     assert "What a stopwatch says" in page
     assert "openvino" in page
+    assert "faster by the clock" in page
+    assert result.verdict[0].replace("<", "&lt;") in page
+    assert "counted, not timed" not in page
+    saved = read_json(run / "measure.json")
+    (run / "measure.json").write_text(json.dumps({**saved, "weights_sha256": "of others"}))
+    assert "What a stopwatch says" not in write_report(run).read_text()
 
 
 def test_what_is_left_out_says_why(run: Path) -> None:

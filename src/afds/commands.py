@@ -90,7 +90,7 @@ class Predict:
 class Measure:
     """Time a run and its dense peer in every runtime that is installed, on this machine.
 
-    Saves RUN/measure.json, which the report shows.
+    Saves RUN/measure.json and draws the report again, which shows it.
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -317,7 +317,8 @@ def _export(arguments: list[str]) -> int:
 def _measure(arguments: list[str]) -> int:
     o = tyro.cli(Measure, prog="afds measure", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
     from afds.files import write_json
-    from afds.measure import measure_run, runtime_of
+    from afds.measure import NAME, measure_run, runtime_of
+    from afds.report import NAME as PAGE
 
     console = Console(highlight=False)
     result = measure_run(o.run, threads=o.threads, batches=o.batch, only=o.only, rounds=o.rounds, data=o.data,
@@ -346,6 +347,7 @@ def _measure(arguments: list[str]) -> int:
         console.print(f"left out: {what}: {why}", markup=False, soft_wrap=True)
     for line in result.verdict:
         console.print(line, markup=False, soft_wrap=True)
+    console.print(f"saved: {o.run / NAME}, {o.run / PAGE}", markup=False, soft_wrap=True)
     return 0
 
 

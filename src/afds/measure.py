@@ -40,6 +40,7 @@ from afds.errors import AfdsError, ConfigError
 from afds.export import training_batches
 from afds.files import write_json
 from afds.hardware import stamp
+from afds.report import write_report
 from afds.runtimes import IN_BF16, OPENERS, PRECISIONS, RUNTIMES, Predictor
 
 FORMS = ("dense", "static", "dynamic")
@@ -89,6 +90,8 @@ class Measurement:
     skipped: dict[str, str] = field(default_factory=dict)
     verdict: list[str] = field(default_factory=list)
     profile: list[dict[str, Any]] = field(default_factory=list)
+    weights_sha256: str = ""
+    """Of the weights that were timed: a run that is trained anew is another one."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -107,7 +110,7 @@ def measure_run(
     profile: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Measurement:
-    """Time a run and its dense peer in every runtime that is installed; the result is saved as RUN/measure.json.
+    """Time a run and its dense peer in every runtime that is installed; saved as RUN/measure.json, and in its report.
 
     Args:
         threads: by default one, and all cores.
@@ -129,7 +132,7 @@ def measure_run(
     side = run.preprocess.input_size
     full_side = dense_side(run)
     result = Measurement(run.arch, side, full_side, datetime.now(UTC).isoformat(timespec="seconds"), _hardware(),
-                         _accuracy(run))  # fmt: skip
+                         _accuracy(run), weights_sha256=run.structure["weights"]["sha256"])  # fmt: skip
     networks = _networks(run, data, [f for f in FORMS if not only or f in only or not set(only) & set(FORMS)], result)
     sides = {form: full_side if form == "dense" else side for form in networks}
     noise = {s: torch.randn(2, 3, s, s, generator=torch.Generator().manual_seed(0)) for s in (side, full_side)}
@@ -151,6 +154,7 @@ def measure_run(
         result.profile = _profile(networks["dynamic"] if "dynamic" in networks else networks["dense"], side, result)
     result.verdict = verdict(result.rows)
     write_json(run.path / NAME, result.to_dict())
+    write_report(run.path)
     return result
 
 

@@ -84,6 +84,8 @@ def _headline(facts: Facts) -> str:
     if ratio is not None:
         budget = facts.final.get("budget")
         tiles.append(_tile(f"{ratio:.2f}{TIMES}", "fewer MACs", [f"asked: {text(budget)}" if budget else ""]))
+    if (clock := speed.headline(facts)) is not None:
+        tiles.append(_tile(f"{clock[0]:.2f}{TIMES}", "faster by the clock", clock[1]))
     said = "".join(f'<p class="{kind}">{text(sentence)}</p>' for kind, sentence in verdict(facts))
     return (
         f'<header><h1>{text(facts.name)}</h1><p class="sub">{line}</p></header>\n'

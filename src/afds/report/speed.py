@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from afds.report.facts import Facts, number
+from afds.report.facts import Facts, number, sub
 from afds.report.text import DASH, TIMES, text
 
 _COLUMNS = ("threads", "batch", "network", "runtime", "median ms", "p90 ms", "speed-up", "fewer MACs", "share")
@@ -17,22 +17,47 @@ MAX_ROWS = 500
 
 def table(facts: Facts) -> str:
     """Empty where nothing was measured."""
-    rows = facts.measured.get("rows")
-    found = [row for row in rows if isinstance(row, dict)][:MAX_ROWS] if isinstance(rows, list) else []
+    found = _rows(facts)
     if not found:
         return ""
     head = "".join(f'<th class="{_css(name)}">{name}</th>' for name in _COLUMNS)
     body = "".join(f"<tr>{_cells(row)}</tr>" for row in found)
-    verdict = facts.measured.get("verdict")
-    lines = [line for line in verdict if isinstance(line, str)] if isinstance(verdict, list) else []
-    said = "".join(f"<p>{text(line)}</p>" for line in lines)
     hardware = facts.measured.get("hardware")
     cpu = hardware.get("cpu") if isinstance(hardware, dict) else None
     where = f" {text(cpu)}, {text(facts.measured.get('when', ''))}." if cpu else ""
     return (
-        f'{said}<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         f'<p class="note">{NOTE}{where}</p>'
     )
+
+
+def sentences(facts: Facts) -> list[str]:
+    """What `afds measure` said of each number of threads and batch; nothing where other weights were timed."""
+    found = facts.measured.get("verdict")
+    return [line for line in found if isinstance(line, str)] if _rows(facts) and isinstance(found, list) else []
+
+
+def headline(facts: Facts) -> tuple[float, list[str]] | None:
+    """How many times faster than the fastest dense row, with the fewest threads and images a call, and of what."""
+    timed = [(form, threads, batch, ms) for row in _rows(facts) if (form := row.get("form")) in ("dense", "dynamic")
+             and (threads := number(row.get("threads"))) and (batch := number(row.get("batch")))
+             and (ms := number(row.get("median_ms")))]  # fmt: skip
+    fewest = min(((threads, batch) for _, threads, batch, _ in timed), default=None)
+    best = {form: min((ms for f, *setting, ms in timed if f == form and tuple(setting) == fewest), default=0.0)
+            for form in ("dense", "dynamic")}  # fmt: skip
+    if fewest is None or not all(best.values()):
+        return None
+    threads, batch = fewest
+    counted = f"{threads:.0f} thread{'s' * (threads > 1)}, batch {batch:.0f}"
+    return best["dense"] / best["dynamic"], [f"{best['dynamic']:.2f} ms, dense {best['dense']:.2f} ms", counted]
+
+
+def _rows(facts: Facts) -> list[dict[str, Any]]:
+    timed, own = facts.measured.get("weights_sha256"), sub(facts.structure, "weights").get("sha256")
+    rows = facts.measured.get("rows")
+    if (timed and timed != own) or not isinstance(rows, list):  # older files name no weights
+        return []
+    return [row for row in rows if isinstance(row, dict)][:MAX_ROWS]
 
 
 def _runtime(row: dict[str, Any]) -> str:

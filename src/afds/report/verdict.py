@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+from afds.report import speed
 from afds.report.facts import Facts, number, sub
 from afds.stats import paired_images
 
@@ -19,14 +20,17 @@ Sentence = tuple[str, str]  # `good`, `bad` or `plain`; the sentence
 
 def verdict(facts: Facts) -> list[Sentence]:
     """Whether it was worth it, from the files alone."""
+    clock = [("bad" if "not worth it" in line else "good", line) for line in speed.sentences(facts)]
     if not facts.final:
         done = len(facts.of_kind("epoch"))
         state = f"after {done} epochs" if done else "before the end of its first epoch"
-        return [("bad", f"This run has not ended; the page was drawn {state}. There is no final figure.")]
+        return [("bad", f"This run has not ended; the page was drawn {state}. There is no final figure."), *clock]
     sentences = [*_saving(facts), *_accuracy(facts)]
     if number(sub(facts.final, "test").get("top1")) is None:
         sentences.append(("plain", NO_TEST))
-    if (facts.total("ratio") or 0) >= WORTH_IT:
+    if clock:
+        sentences += clock
+    elif (facts.total("ratio") or 0) >= WORTH_IT:
         sentences.append(("plain", NARROW if facts.settled else NOT_TIME))
     return sentences
 
