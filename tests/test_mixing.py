@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afds.mixing import mix, paste
+from afds.config import OptimConfig
+from afds.mixing import mix, mixture, paste
 
 
 @given(seed=st.integers(0, 10_000), height=st.integers(1, 40), width=st.integers(1, 40), batch=st.integers(2, 5))
@@ -53,3 +54,20 @@ def test_mixing_repeats_with_the_seed(how) -> None:  # type: ignore[no-untyped-d
     assert torch.equal(first[0][0], second[0][0])
     assert torch.equal(first[1], second[1])
     assert first[2] == second[2]
+
+
+def test_a_step_is_mixed_as_often_as_the_options_say() -> None:
+    x_BCHW = torch.arange(4.0).reshape(-1, 1, 1, 1).expand(4, 3, 8, 8)
+    for options, expected in (({"mixup": 0.0}, 0.0), ({"mixup": 1.0, "mixup_share": 0.0}, 0.0),
+                              ({"mixup": 1.0, "mixup_share": 0.25}, 0.25), ({"mixup": 1.0}, 1.0)):  # fmt: skip
+        torch.manual_seed(0)
+        mixed = [mixture([x_BCHW, x_BCHW[:, :, ::2, ::2]], OptimConfig(**options)) for _ in range(400)]
+        assert sum(other is not None for _, other in mixed) / 400 == pytest.approx(expected, abs=0.06)
+        for views, other in mixed[:20]:
+            assert [tuple(v.shape[2:]) for v in views] == [(8, 8), (4, 4)]
+            assert other is not None or torch.equal(views[0], x_BCHW)
+    assert mixture([x_BCHW[:1]], OptimConfig(mixup=1.0))[1] is None, "one image has none to be mixed with"
+    torch.manual_seed(0)
+    flat = [mixture([x_BCHW], OptimConfig(mixup=1.0, cutmix=0.5))[0][0][0] for _ in range(200)]
+    pasted = sum(bool((image == image.round()).all()) for image in flat)
+    assert 70 < pasted < 140, "half of them are pasted, and hold whole numbers only"

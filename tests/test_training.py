@@ -20,6 +20,7 @@ from afds.errors import BudgetError, ConfigError, DataError, RunFolderError
 from afds.fitting import fit, read_result
 from afds.schedule import MARGIN
 from afds.selection import gates
+from afds.setup import default_epochs
 from afds.task import Task, learning_rate, parameter_groups
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}'
@@ -281,6 +282,13 @@ def test_predictors_have_a_rate_of_their_own(tiny_resnet: torch.nn.Module) -> No
     assert groups[1]["multiple"] == 3.0
     assert sum(len(g["params"]) for g in groups) == len(list(task.parameters()))
     assert all(p.ndim == 1 for p in groups[2]["params"])
+
+
+def test_epochs_by_default() -> None:
+    """What docs/accuracy.md measured: 2,727 images, 22 passes dense, 44 at 2x, 110 at 5x; and the ends of the range."""
+    assert [default_epochs(2727, ratio) for ratio in (1, 2, 5, 10)] == [22, 44, 110, 110]
+    assert [default_epochs(30, ratio) for ratio in (1, 2, 5)] == [60, 120, 240]
+    assert [default_epochs(10**6, ratio) for ratio in (1, 2, 5)] == [12, 24, 24]
 
 
 def test_learning_rate_shapes() -> None:

@@ -17,6 +17,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from afds.config import OptimConfig
+
+
+def mixture(views: Sequence[Tensor], optim: OptimConfig) -> tuple[list[Tensor], tuple[Tensor, float] | None]:
+    """A step's images, mixed or not as the options and chance have it.
+
+    Args:
+        views: the batch (B, 3, H, W), in one size or several.
+    Returns:
+        The images in all sizes; where they are mixtures, the other image of each (B,) and the share of the first.
+    """
+    if optim.mixup <= 0 or len(views[0]) < 2 or float(torch.rand(())) >= optim.mixup_share:
+        return list(views), None
+    cut = optim.cutmix > 0 and float(torch.rand(())) < optim.cutmix
+    mixed, other_B, share = (paste if cut else mix)(views, optim.mixup)
+    return mixed, (other_B, share)
+
 
 def mix(views: Sequence[Tensor], alpha: float) -> tuple[list[Tensor], Tensor, float]:
     """Each image blended with another of the batch.

@@ -56,16 +56,19 @@ from afds.transfer import (
     channel_weights,
     map_variances,
 )  # fmt: skip
-from afds.views import side_for
+from afds.views import SHRINKS_FROM, side_for
 
-IMAGES_SEEN = 60_000  # by default a training shows about so many images ...
-FEWEST_EPOCHS, MOST_EPOCHS = 12, 60  # ... within these bounds
-RECOVERY = 2  # times as many for a settled network, whose epochs cost half and whose accuracy still rises
+# By default a training shows about so many images, within these numbers of epochs. A settled network's accuracy rises
+# for longer, the longer the more it has lost, and its epochs cost less (docs/accuracy.md, "Mixing, and how long").
+DENSE = 60_000, 12, 60
+SETTLED = 120_000, 24, 120
+NARROW = 300_000, 24, 240  # from the ratio on from which images are smaller too
 
 
-def default_epochs(images: int) -> int:
-    """Passes over ``images`` training images: fewer images, more passes."""
-    return max(FEWEST_EPOCHS, min(MOST_EPOCHS, round(IMAGES_SEEN / images)))
+def default_epochs(images: int, ratio: float = 1.0) -> int:
+    """Passes over ``images`` training images: fewer images, more passes; ratio: of a settled network, else 1."""
+    shown, fewest, most = DENSE if ratio <= 1 else SETTLED if ratio < SHRINKS_FROM else NARROW
+    return max(fewest, min(most, round(shown / images)))
 
 
 class Setup:
@@ -155,7 +158,7 @@ class Setup:
         train_set = ImageDataset(splits.train, self._views(augment), cache=d.cache)
         loader = make_loader(train_set, batch_size=o.batch_size, shuffle=True, seed=config.seed, workers=d.workers,
                              drop_last=True)  # fmt: skip
-        epochs = o.epochs or default_epochs(len(splits.train)) * (RECOVERY if settles else 1)
+        epochs = o.epochs or default_epochs(len(splits.train), self.ratio if settles else 1.0)
         total_steps = epochs * (len(loader) // fabric.world_size)
         return Plan(
             config=config, task=task, train_loader=fabric.setup_dataloaders(loader),

@@ -28,7 +28,7 @@ from afds.cost import CostMeter, has_selection
 from afds.data import TimedLoader, set_epoch
 from afds.errors import TrainingError
 from afds.evaluation import evaluate
-from afds.mixing import mix, paste
+from afds.mixing import mixture
 from afds.norms import reestimate_norms
 from afds.record import Record
 from afds.selection import densities
@@ -67,11 +67,8 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
             rate *= c.descent.lr if plan.descent is not None else 1.0
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["multiple"]
-            mixed = None
-            if c.optim.mixup > 0 and len(y_B) > 1 and float(torch.rand(())) < c.optim.mixup_share:
-                cut = c.optim.cutmix > 0 and float(torch.rand(())) < c.optim.cutmix
-                views, other_B, share = (paste if cut else mix)(views, c.optim.mixup)
-                mixed = y_B[other_B], share
+            views, other = mixture(views, c.optim)
+            mixed = None if other is None else (y_B[other[0]], other[1])
             losses = wrapped(views[-1], y_B, state.teach(views[0], fabric), mixed)
             if not torch.isfinite(losses["loss"]):
                 raise TrainingError(
@@ -106,8 +103,9 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
             save_checkpoint(out / "last.ckpt", state.dump())
         fabric.barrier()
     if plan.descent is not None and c.descent.reestimate > 0:
+        torch.manual_seed(c.seed * 100_003 + plan.epochs)
         set_epoch(plan.train_loader, plan.epochs)
-        batches = ((views_of(x)[-1], y_B) for x, y_B in plan.train_loader)
+        batches = ((mixture(views_of(x), c.optim)[0][-1], y_B) for x, y_B in plan.train_loader)
         reestimate_norms(task.network, batches, c.descent.reestimate)
 
 
