@@ -35,7 +35,8 @@ def dense(arch: str, size: int) -> nn.Module:
 
 def choosing(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "full") -> tuple[nn.Module, float]:
     """Selection at uniform densities that cost 1 / ``ratio``, and the ratio counted on ``x_BCHW``."""
-    selective = _selective(model, predictor)
+    selective = _selective(model, predictor, std=0.1)
+    _see(selective, x_BCHW.shape[-1])  # or pooled inputs are not standardised, and half of deep networks never wins
     solve(selective, uniform(selective), ratio, [x_BCHW])
     return selective, CostMeter(selective).mean([x_BCHW]).ratio
 
@@ -58,7 +59,7 @@ def settled(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "fu
     return selective, CostMeter(selective).mean([x_BCHW]).ratio
 
 
-def _selective(model: nn.Module, predictor: str, std: float = 0.3) -> nn.Module:
+def _selective(model: nn.Module, predictor: str, std: float) -> nn.Module:
     selective = afds.select(model, SelectionConfig(predictor=predictor)).eval()  # type: ignore[arg-type]
     for gate in gates(selective).values():
         nn.init.normal_(gate.predictor.weight, std=std)
