@@ -2,9 +2,10 @@
 
     python benchmarks/step_cost.py --source resnet18:weights.safetensors --input-size 128 --repeats 11
 
-Rows: `plain` fine-tuning; `gates` (selection at d = 1, no teacher); `afd` (gates, AFD from the pretrained source:
-the paper's step); `afds` (gates, AFD, logits and block hints from a dense base: `--descent.no-settle`); `settled` (the
-same with all but the winners cut away at the ratio, AdamW: the default). Random images.
+Rows: `plain` fine-tuning; `base` (AFD from the pretrained source, no gates: the default's step before it settles);
+`gates` (selection at d = 1, no teacher); `afd` (gates and AFD: the paper's step); `afds` (gates, AFD, logits and block
+hints from a dense base: `--descent.no-settle`); `settled` (the same with all but the winners cut away at the ratio,
+AdamW: the default). Random images.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def main(options: Options) -> None:
         return Task(select(plain), terms, config).to(memory_format=torch.channels_last).train()
 
     gated, near_source, near_base = task_with(), task_with(afd), task_with(afd, *of_base)
+    base = Task(copy.deepcopy(plain), [copy.deepcopy(afd)], config).to(memory_format=torch.channels_last).train()
     narrow = settled_task(select(plain), copy.deepcopy((afd, *of_base)), config, options.ratio, x_BCHW[:1])
 
     def learn(module: nn.Module, loss: Callable[[], torch.Tensor], adam: bool = False) -> Callable[[], None]:
@@ -94,6 +96,7 @@ def main(options: Options) -> None:
 
     rows: dict[str, Callable[[], None]] = {
         "plain": learn(plain, lambda: F.cross_entropy(plain(x_BCHW), y_B)),
+        "base": learn(base, lambda: taught(base)),
         "gates": learn(gated, lambda: gated(x_BCHW, y_B, None)["loss"]),
         "afd": learn(near_source, lambda: taught(near_source)),
         "afds": learn(near_base, lambda: taught(near_base)),
