@@ -215,6 +215,10 @@ def test_table_and_page(finished: tuple[CompareConfig, list[dict[str, Any]]], tm
     assert pruned.dense is not None
     assert pruned.dense.mean == pytest.approx(pruned.mean - (finals["l2", 0] + finals["l2", 1]) / 2)
     note = footnote(found, "l2+l1", config.trials)
+    assert [cell.epochs for cell in found] == [config.epochs + config.base_epochs] * 2
+    assert f"learned for {config.epochs + config.base_epochs} epochs in all;" in note
+    longer = [found[0], dataclasses.replace(found[1], epochs=99)]
+    assert "(but l2+l1: 99)" in footnote(longer, "l2+l1", 1)
     write_tables(tmp_path, found, note)
     assert markdown(found, note) == (tmp_path / "table.md").read_text()
     assert json.loads((tmp_path / "table.json").read_text())["cells"][1]["row"] == "l2+l1"

@@ -3,19 +3,21 @@
     python benchmarks/lab/table.py RESULTS/trials.jsonl PAGE.md
 
 PAGE.md holds `<!-- lab:begin -->` and `<!-- lab:end -->`; what stands between them is replaced. `--trim` first makes
-a file of trials small enough to commit: only final runs, without what the table does not need.
+a file of trials small enough to commit: only final runs, without what the table does not need. `--brief` writes test
+accuracies only, a column for each budget.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from afds.compare.table import cells, footnote, markdown
+from afds.compare.table import Cell, cells, footnote, markdown, texts
 from afds.errors import ConfigError
 from afds.files import write_atomic
 from afds.record import read_lines
@@ -35,6 +37,8 @@ class Options:
     """Row that the others are compared with."""
     trim: bool = False
     """Write the final runs' lines to PAGE, and no table."""
+    brief: bool = False
+    """Test accuracies only, a column for each budget."""
 
 
 def main(options: Options) -> None:
@@ -51,9 +55,21 @@ def main(options: Options) -> None:
     found = cells(lines, options.reference)
     hardware = lines[0]["hardware"]
     stamp = f"{hardware['cpu']}, {hardware['precision']}, torch {hardware['versions']['torch']}."
-    table = markdown(found, f"{footnote(found, options.reference, int(trials) + 1)} {stamp}")
+    note = f"{footnote(found, options.reference, int(trials) + 1)} {stamp}"
+    table = brief(found) if options.brief else markdown(found, note)
     before, _, rest = text.partition(BEGIN)
     write_atomic(options.page, f"{before}{BEGIN}\n\n{table}\n{END}{rest.partition(END)[2]}")
+
+
+def brief(found: Sequence[Cell]) -> str:
+    """A line for each row: its test accuracy at 1x where it is dense, else at each of the other budgets."""
+    budgets = [b for b in dict.fromkeys(cell.budget for cell in found) if b != "1x"]
+    lines = ["| test accuracy | " + " | ".join(budgets) + " |", "|---" * (len(budgets) + 1) + "|"]
+    for data, row in dict.fromkeys((cell.data, cell.row) for cell in found):
+        own = {cell.budget: texts(cell)[3] for cell in found if (cell.data, cell.row) == (data, row)}
+        shown = [own["1x"] + " (1x)"] * len(budgets) if set(own) == {"1x"} else [own.get(b, "-") for b in budgets]
+        lines.append(f"| {row} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

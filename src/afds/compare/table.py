@@ -18,7 +18,7 @@ from rich.table import Table
 from afds.files import write_atomic, write_json
 from afds.stats import Difference, paired, paired_images, spread
 
-HEAD = ("method", "budget", "seeds", "test", "MACs", "M MACs", "vs ref.", "vs dense")
+HEAD = ("method", "budget", "seeds", "test", "MACs", "M MACs", "vs ref.", "vs dense", "s")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ class Cell:
     dense: Difference | None
     multiples: dict[str, float]
     """Of learning rate and weight, as tuning chose them."""
+    seconds: float | None = None
+    """Wall time of one run, without that of its base."""
+    epochs: int | None = None
+    """That one network has learned for in all, its base included."""
 
 
 def cells(lines: Sequence[dict[str, Any]], reference: str) -> list[Cell]:
@@ -59,8 +63,14 @@ def cells(lines: Sequence[dict[str, Any]], reference: str) -> list[Cell]:
             _mean([line["macs"] for line in good]), _mean([line["ratio"] for line in good]),
             _mean([line["latency_ms"] for line in good]), _difference(group, other),
             _difference(group, whole) if whole is not group else None, group[0]["multiples"],
+            _mean([line["seconds"] or None for line in good]), _epochs(group[0]["config"]),
         ))  # fmt: skip
     return found
+
+
+def _epochs(config: dict[str, Any]) -> int:
+    after_base = "bases" in Path(config["source"]).parts
+    return int(config["optim"]["epochs"] + (config["base_epochs"] if after_base else 0))
 
 
 def _is_dense(group: list[dict[str, Any]]) -> bool:
@@ -95,7 +105,8 @@ def texts(cell: Cell) -> tuple[str, ...]:
     return (cell.row, cell.budget, f"{cell.seeds}{failed}", mean,
             "-" if cell.ratio is None else f"{cell.ratio:.2f}x",
             "-" if cell.macs is None else f"{cell.macs / 1e6:.1f}",
-            points(cell.reference), points(cell.dense))  # fmt: skip
+            points(cell.reference), points(cell.dense),
+            "-" if cell.seconds is None else f"{cell.seconds:.0f}")  # fmt: skip
 
 
 def points(difference: Difference | None) -> str:
@@ -109,12 +120,18 @@ def points(difference: Difference | None) -> str:
 
 
 def footnote(found: Sequence[Cell], reference: str, trials: int) -> str:
-    """What the columns mean, and how much tuning there was."""
+    """What the columns mean, and how much tuning and learning there was."""
+    rows = {cell.row: cell.epochs for cell in found if cell.epochs is not None}
+    usual = statistics.mode(rows.values()) if rows else None
+    others = [f"{row}: {epochs}" for row, epochs in rows.items() if epochs != usual]
+    learned = "the same number of epochs" if usual is None else f"{usual} epochs in all"
+    learned += f" (but {', '.join(others)})" if others else ""
     how = sorted({d.how for cell in found for d in (cell.reference, cell.dense) if d is not None})
     tuning = f"{trials} tuning trials per row on validation images" if trials > 1 else "No tuning: all at defaults"
     return (f"Reference: {reference}. Differences are paired ({'; '.join(how) or 'none'}), in points, with their 95 % "
             f"interval; * where it leaves 0 out. ± is the standard deviation over seeds. {tuning}. Every network has "
-            "learned for the same number of epochs; the test split was read once per run.")  # fmt: skip
+            f"learned for {learned}; the test split was read once per run; s: seconds of a run after its base."
+            )  # fmt: skip
 
 
 def terminal(found: Sequence[Cell]) -> list[Table]:
