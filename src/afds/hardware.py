@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
@@ -71,7 +74,20 @@ def make_fabric(config: HardwareConfig) -> Fabric:
     device = resolve_device(config)
     strategy = "ddp_find_unused_parameters_true" if config.devices > 1 else "auto"
     precision: Any = resolve_precision(config, device)
-    return Fabric(accelerator=device, devices=config.devices, strategy=strategy, precision=precision)
+    with _quiet("lightning_fabric"):  # it announces its precision, which our own first line says
+        return Fabric(accelerator=device, devices=config.devices, strategy=strategy, precision=precision)
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Nothing below a warning from this logger while the context lasts."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def stamp(device: str, precision: str) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def _compare(c: CompareConfig, console: Console, pool: Executor, slots: int | No
         with open(c.out / "trials.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         shown = f"{line['val']:.1%}" if line["val"] is not None else line["error"]
-        console.print(f"{len(lines)}/{len(plan)} {line['key']}: validation {shown}, {line['seconds']:.0f} s",
+        done = sum(trial.key in lines for trial in plan)  # lines of rows that were asked for before are there too
+        console.print(f"{done}/{len(plan)} {line['key']}: validation {shown}, {line['seconds']:.0f} s",
                       markup=False, soft_wrap=True)  # fmt: skip
 
     rows = {row.name: row for row in c.all_rows()}
