@@ -11,11 +11,12 @@ from torch import Tensor
 
 from afds.balance import Exponents, balance, layers_of, start
 from afds.cost import CostMeter
+from afds.errors import ConfigError
 from afds.graph import unit_roles
 from afds.reconstruction import Reconstruction
 from afds.schedule import solve
 from afds.selection import gates, select, selective_units
-from afds.settling import choose, settle, tied_units
+from afds.settling import choose, fix_scales, settle, tied_units
 from networks import FAMILIES, randomise_bn, train_like
 from runs import ARCH_ARGS, tiny_network
 
@@ -95,6 +96,29 @@ def test_a_network_that_is_refitted_after_the_cut_is_the_one_refitted_before_it(
     with torch.no_grad():
         torch.testing.assert_close(cut(images[0]), masked(images[0]), rtol=1e-3, atol=1e-3)
     assert {n: v[1] for n, v in left_cut.items()} == pytest.approx({n: v[1] for n, v in left_masked.items()}, abs=0.02)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fixed_scales_leave_the_function_and_no_predictor(family: str) -> None:
+    model = select(randomise_bn(FAMILIES[family]()).eval()).eval()
+    before = copy.deepcopy(model)
+    fix_scales(model)
+    x = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), before(x))
+    meter = CostMeter(model)(x)[1]
+    assert sum(layer.predictor + layer.scaling for layer in meter.layers.values()) == 0
+    choose(model, dict.fromkeys(gates(model), 0.5), some_worth(model), tied_units(model))
+    masked = copy.deepcopy(model)
+    settle(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), masked(x), rtol=1e-4, atol=1e-4)
+    assert all(gate.predictor.out_channels == 0 for gate in gates(model).values())
+
+
+def test_scales_that_were_predicted_are_not_fixed() -> None:
+    with pytest.raises(ConfigError, match="scales learned: the source's predictors have learned"):
+        fix_scales(network("resnet-basic"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

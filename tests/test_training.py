@@ -139,12 +139,13 @@ def test_afds_goes_through_a_dense_base_and_keeps_its_classifier(digits: Path, f
     assert load_run(tmp_path / "transfer").labels == ("five", "four", "three")
 
 
+@pytest.mark.parametrize("scales", ["predicted", "learned"])
 def test_a_settled_run_is_narrow_resumes_and_keeps_no_more_than_it_computes(
-    digits: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    scales: Any, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = tmp_path / "weights"
     fit(options(digits, weights, method="scratch+dense", budget=""), quiet=True)
-    settled = DescentConfig(images=8, reconstruct=32, trials=3, multiple_of=2)
+    settled = DescentConfig(images=8, reconstruct=32, trials=3, multiple_of=2, scales=scales)
 
     def config(out: Path) -> FitConfig:
         return options(digits, out, method="afds", source=str(weights), budget="2x", descent=settled)
@@ -161,6 +162,8 @@ def test_a_settled_run_is_narrow_resumes_and_keeps_no_more_than_it_computes(
     model = load_run(tmp_path / "whole").model
     chosen = gates(model)
     assert all(gate.k == gate.sign.numel() for gate in chosen.values())
+    rows = [gate.predictor.out_channels for gate in chosen.values()]
+    assert rows == [gate.sign.numel() if scales == "predicted" else 0 for gate in chosen.values()]
     assert sum(gate.sign.numel() for gate in chosen.values()) == stay < all_channels
     assert any(gate.sign.numel() < full for gate, full in zip(chosen.values(), [8] * 20, strict=False))
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in load_run(weights).model.parameters())

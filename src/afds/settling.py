@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from afds.compaction import cut_away, find_couplings, kept_channels
+from afds.errors import ConfigError
 from afds.selection import gates, set_density, winners
 
 COARSE = 8  # a layer's width must bear being rounded to an eighth of itself
@@ -73,6 +74,23 @@ def choose(
             gate.kept.fill_(False)
             gate.kept[best.to(gate.kept.device)] = True
         set_density(model, dict.fromkeys(names, k / len(total_C)))
+
+
+@torch.no_grad()
+def fix_scales(model: nn.Module) -> None:
+    """Turn every channel static, in place: pi is a constant that is learned, and the predictors have no rows to keep.
+
+    The function stays what it was, as predictors start from constants.
+
+    Raises:
+        ConfigError: predictors have learned already, so that their saliencies are no constants.
+    """
+    for name, gate in gates(model).items():
+        if bool(gate.predictor.weight.any()):
+            raise ConfigError(f"--descent.scales learned: the source's predictors have learned already (first in {name}). "
+                              "Leave the option out, or start from a network without selection.")  # fmt: skip
+        gate.gamma.copy_(gate.predictor.bias)
+        gate.dynamic.fill_(False)
 
 
 def settle(model: nn.Module) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ from afds.hardware import stamp
 from afds.latency import Stopwatch, ratio_for
 from afds.schedule import Allocation, Place, parse_budget, plan_descent, solve, sparing_stream, uniform
 from afds.selection import SelectionConfig, gates, select, selective_units, set_density
-from afds.settling import choose, tied_units
+from afds.settling import choose, fix_scales, tied_units
 from afds.sources import check_supported, load_source
 from afds.state import Plan
 from afds.task import Task
@@ -122,6 +122,8 @@ class Setup:
         validation split, on which cost is counted."""
         config, budget = self.config, parse_budget(self.config.budget)
         d, will_settle = config.descent, config.method == "afds" and config.descent.settle and budget.ratio != 1
+        if will_settle and d.scales == "learned":
+            fix_scales(self.network)
         free = will_settle and (self.is_base or config.teacher is None)  # to look at smaller images than its teacher
         if free and d.input_size:
             self._look_at(d.input_size)
