@@ -45,11 +45,12 @@ Share share_pairs(int total, int t, int n, const PairOf &pair) {
 }
 
 struct Steps {  // `total` in `parts` of nearly equal size, the larger ones first; no division in the loop
-  int small, larger;
-  Steps(int total, int parts) : small(total / parts), larger(total - total / parts * parts) {}
+  int unit, small, larger;
+  Steps(int total, int parts, int unit = 1)
+      : unit(unit), small(total / unit / parts), larger(total / unit - small * parts) {}
   Share operator[](int i) const {
     const int begin = i * small + std::min(i, larger);
-    return {begin, begin + small + (i < larger)};
+    return {begin * unit, (begin + small + (i < larger)) * unit};
   }
 };
 
@@ -87,16 +88,17 @@ float parts_cost(int total, int most, int other, bool rows) {
   return large * (large ? one(small + 1) : 0.0f) + (parts - large) * one(small);
 }
 
-Split best_split(const Table &table, int rows, int vecs) {
+// unit: 2 where rows go in pairs, of which none is to be cut, else 1.
+Split best_split(const Table &table, int rows, int vecs, int unit = 1) {
   Split best{1, 1, 1e30f};
-  for (int r = 1; r <= std::min(rows, kMaxRows); ++r) {
+  for (int r = unit; r <= std::min(rows, kMaxRows); r += unit) {
     int most = 0;
     for (int v = 1; v <= kMaxVecs; ++v)
       if (table.tile[kPlain][r][v]) most = v;
     if (!most) continue;
-    const int row_parts = (rows + r - 1) / r, small = rows / row_parts, large = rows - small * row_parts;
-    float cost = (row_parts - large) * parts_cost(vecs, most, small, false);
-    if (large) cost += large * parts_cost(vecs, most, small + 1, false);
+    const int row_parts = (rows + r - 1) / r, small = rows / unit / row_parts, large = rows / unit - small * row_parts;
+    float cost = (row_parts - large) * parts_cost(vecs, most, small * unit, false);
+    if (large) cost += large * parts_cost(vecs, most, (small + 1) * unit, false);
     if (cost < best.cost) best = {r, most, cost};
   }
   return best;
@@ -302,6 +304,7 @@ int Engine::add_value(const Value &v) {
   b.pairs |= v.pairing != Pairing::kNone;
   values_.push_back(v);
   widest_ = std::max(widest_, v.channels);
+  for (int k = static_cast<int>(first_.size()); k < v.channels; ++k) first_.push_back(k);
   return static_cast<int>(values_.size()) - 1;
 }
 
@@ -453,6 +456,12 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
     const size_t most = size_t(kMaxRows) * c.taps * odd_lines(c.columns / 2) * 2;
     if (!pairs_->words) wide_ = std::max(wide_, most + kRound);
     if (x.pairing == Pairing::kFree) picked_ = std::max(picked_, most + 64);
+    const int plane = plane_of(c), tap_width = pairs_->words ? c.columns / 2 : odd_lines(c.columns / 2);
+    for (int i = 0; i < (c.in + 1) / 2; ++i)
+      for (int t = 0; t < c.taps; ++t) {
+        c.all_xoff.push_back(i * plane + c.tap[t].offset + (c.staged ? c.tap[t].phase * c.stage.plane : 0));
+        c.all_woff.push_back(t * tap_width + i % (c.columns / 2));
+      }
   } else {
     c.weight = arena_.keep(c.weight);
     const int per_in = c.in / c.groups, plane = plane_of(c);
@@ -461,10 +470,13 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
         c.all_xoff.push_back(i * plane + c.tap[t].offset + (c.staged ? c.tap[t].phase * c.stage.plane : 0));
         c.all_woff.push_back(i % per_in * c.taps + t);
       }
-    c.all_xoff.resize(c.all_xoff.size() + kAhead);
+  }
+  c.all_xoff.resize(c.all_xoff.size() + kAhead);
+  if (c.rows == Rows::kAll) {
+    c.all_scale = Floats(c.out);
+    for (int k = 0; k < c.out; ++k) c.all_scale[k] = c.halves ? c.factor[k] : 1.0f;
   }
   if (c.rows == Rows::kDynamic) c.gate.n_scaled = std::count_if(c.gate.scaled.begin(), c.gate.scaled.end(), [](uint8_t b) { return b != 0; });
-  for (int k = static_cast<int>(first_.size()); k < c.out; ++k) first_.push_back(k);
   most_steps_ = std::max(most_steps_, c.in * c.taps);
   most_groups_ = std::max(most_groups_, c.groups);
   widest_ = std::max(widest_, c.out);
@@ -709,10 +721,7 @@ void Engine::load(const Run &run, const float *x) const {
   const Layout &l = layout(input_);
   const int n = values_[input_].channels;
   if (run.t == 0) {
-    Active &a = run.ws.active[input_];
-    for (int c = 0; c < n; ++c) a.list[c] = c, a.on[c] = 1;
-    a.n = n;
-    set_pairs(run.ws, input_);
+    set_all(run.ws, input_);
   }
   run.wait();  // which pairs there are
   const Share mine = share(l.height, run.t, run.n);
@@ -767,6 +776,16 @@ void Engine::set_pairs(Workspace &ws, int value) const {
   for (int p = 0; p < full; ++p) a.pair[p] = p;
 }
 
+void Engine::set_all(Workspace &ws, int value) const {
+  const int n = values_[value].channels;
+  Active &a = ws.active[value];
+  if (a.n == n) return;  // as it was after the image before
+  std::fill(a.on.begin(), a.on.end(), 1);
+  std::copy(first_.begin(), first_.begin() + n, a.list.begin());
+  a.n = n;
+  set_pairs(ws, value);
+}
+
 void Engine::pooled(const Run &run, int value, int begin, int end, float *p) const {
   const Active &a = run.ws.active[value];
   const Layout &l = layout(value);
@@ -802,7 +821,8 @@ void Engine::conv(const Run &run, const Conv &c, int op) const {
   watch.lap(kSelect);
   tiles(run, c);
   watch.lap(kConvolve);
-  if (c.res >= 0 && values_[c.y].pairing != Pairing::kNone) run.wait();  // it may write the other halves of words
+  if (c.res >= 0 && run.ws.n_only && values_[c.y].pairing != Pairing::kNone && !untouched(c))
+    run.wait();  // it writes other halves of words
   finish(run, c);
   watch.lap(kRest);
 }
@@ -856,9 +876,10 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
   int32_t *rows = ws.rows.data();
   int n = 0;
   int64_t extra = 0;  // MACs of predictor and scaling
+  ws.row = rows, ws.row_scale = ws.scale.data(), ws.row_shift = ws.shift.data();
   if (c.rows == Rows::kAll) {
     n = c.out;
-    std::copy(first_.begin(), first_.begin() + n, rows);
+    ws.row = first_.data(), ws.row_scale = c.all_scale.data(), ws.row_shift = c.bias.data();
   } else if (c.rows == Rows::kFixed) {
     std::copy(c.fixed.begin(), c.fixed.end(), rows);
     n = static_cast<int>(c.fixed.size());
@@ -897,7 +918,7 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
     }
     if (positive == c.out && g.k == c.out) {  // settled: all win, as in every image
       n = c.out;
-      std::copy(first_.begin(), first_.begin() + n, rows);
+      ws.row = first_.data();
     } else if (ties == c.out) {
       for (int k = 0; k < c.out; ++k) {  // no branch: it could not be foreseen
         rows[n] = k;
@@ -931,14 +952,14 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
     extra += scaled * layout(c.y).height * layout(c.y).width;
   }
   ws.n_rows = n;
-  if (c.rows != Rows::kDynamic)
+  if (c.rows == Rows::kFixed || c.rows == Rows::kFollow)
     for (int i = 0; i < n; ++i) ws.scale[i] = 1.0f, ws.shift[i] = c.bias[rows[i]];
-  if (c.halves)
-    for (int i = 0; i < n; ++i) ws.scale[i] *= c.factor[rows[i]];
+  if (c.halves && c.rows != Rows::kAll)
+    for (int i = 0; i < n; ++i) ws.scale[i] *= c.factor[ws.row[i]];
 
   const int64_t pairs = list_steps(ws, c, n);
   ws.macs[op] = pairs * layout(c.y).height * layout(c.y).width + extra;
-  if (ws.record) ws.chosen[op].assign(rows, rows + n);
+  if (ws.record) ws.chosen[op].assign(ws.row, ws.row + n);
   if (c.halves && x.by_list) {
     std::fill(ws.bits.begin(), ws.bits.end(), 0u);
     for (int j = 0; j < x.n; ++j) ws.bits[x.list[j] / 32] |= 1u << (x.list[j] % 32);
@@ -946,13 +967,7 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
 
   // Active afterwards: the winners, and what the residual branch brings.
   ws.n_only = 0;
-  if (n == c.out) {
-    std::fill(y.on.begin(), y.on.end(), 1);
-    std::copy(first_.begin(), first_.begin() + n, y.list.begin());
-    y.n = n;
-    set_pairs(ws, c.y);
-    return;
-  }
+  if (n == c.out) return set_all(ws, c.y);
   if (c.res < 0) {
     std::fill(y.on.begin(), y.on.end(), 0);
     std::copy(rows, rows + n, y.list.begin());
@@ -977,12 +992,13 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
 // The steps of the product, by channel and so by group; products a pixel. One thread.
 int64_t Engine::list_steps(Workspace &ws, const Conv &c, int n) const {
   const Active &x = ws.active[c.x];
-  const int32_t *rows = ws.rows.data();
+  const int32_t *rows = ws.row;
   const int per_in = c.in / c.groups, per_out = c.out / c.groups;
-  if (!c.all_xoff.empty() && x.n == c.in && n == c.out) {  // known from the start
+  if (x.n == c.in && n == c.out) {  // known from the start
     ws.step_x = c.all_xoff.data(), ws.step_w = c.all_woff.data();
+    const int steps = c.halves ? c.columns / 2 * c.taps : per_in * c.taps;
     for (int group = 0; group <= c.groups; ++group)
-      ws.group_steps[group] = group * per_in * c.taps, ws.group_rows[group] = group * per_out;
+      ws.group_steps[group] = group * steps, ws.group_rows[group] = group * per_out;
     return int64_t(c.in) * c.taps * per_out;
   }
   int32_t *xo = ws.xoff.data(), *wo = ws.woff.data();
@@ -1055,7 +1071,7 @@ void Engine::make_weights(const Run &run, const Conv &c, int row, int rows, cons
   Workspace::Pointers &own = ws.pointers[run.t];
   const int width = tap_words(c, x), upper = c.taps * width, n = x.by_list ? x.n_pairs : c.columns / 2;
   for (int r = 0; r < rows; ++r) {
-    const uint16_t *from = c.halves + size_t(ws.rows[row + r]) * c.taps * c.columns;
+    const uint16_t *from = c.halves + size_t(ws.row[row + r]) * c.taps * c.columns;
     for (int t = 0; t < c.taps; ++t, from += c.columns) {
       const size_t at = (size_t(r) * c.taps + t) * width * 2;
       const uint16_t *pairs = from;
@@ -1081,7 +1097,7 @@ void Engine::tiles(const Run &run, const Conv &c) const {
   const int lanes = table_.lanes;
   if (pool)
     for (int i = 0; i < ws.n_rows; ++i) {
-      float *s = sum(ws, c.y, ws.rows[i], run.t);
+      float *s = sum(ws, c.y, ws.row[i], run.t);
       std::fill(s, s + kSumLanes, 0.0f);
     }
   // Which of the threads does what: pixels, rows or groups are cut, whatever leaves the longest share shortest.
@@ -1090,6 +1106,10 @@ void Engine::tiles(const Run &run, const Conv &c) const {
   bool by_rows = false;
   const bool halves = values_[c.y].pairing != Pairing::kNone, floats = values_[c.y].floats;
   const Active &x = ws.active[c.x], &y = ws.active[c.y];
+  // Row i is channel i, or goes into place i: rows 2 i and 2 i + 1 are the halves of one word, and stay together.
+  const bool whole_pairs = halves && (c.groups == 1 ? y.by_list || ws.n_rows == c.out
+                                                    : ws.n_rows == c.out && c.out / c.groups % 2 == 0);
+  auto unit = [&](int rows) { return whole_pairs && rows % 2 == 0 ? 2 : 1; };
   if (run.n > 1) {
     const bool joined = halves && c.groups > 1 && (y.by_list || c.out / c.groups % 2);  // pairs across groups
     if (c.groups >= 2 * run.n && !joined) {
@@ -1101,8 +1121,9 @@ void Engine::tiles(const Run &run, const Conv &c) const {
       const float steps = float(ws.group_steps[c.groups]) / c.groups, far = float(run.n - 1) / run.n;
       const float channels = steps / c.taps * c.groups + ws.n_rows * (c.res >= 0 ? 2 : 1);
       const float pixel_lines = channels * vecs * lanes / kRound, weight_lines = steps * ws.n_rows / kRound;
-      const float cut_px = steps * best_split(table_, rows, (vecs + run.n - 1) / run.n).cost + far * kFarWeights * weight_lines;
-      const float cut_rows = steps * best_split(table_, (rows + run.n - 1) / run.n, vecs).cost + far * kFarPixels * pixel_lines;
+      auto cost = [&](int rows, int vecs) { return steps * best_split(table_, rows, vecs, unit(rows)).cost; };
+      const float cut_px = cost(rows, (vecs + run.n - 1) / run.n) + far * kFarWeights * weight_lines;
+      const float cut_rows = cost((rows + run.n - 1) / run.n, vecs) + far * kFarPixels * pixel_lines;
       by_rows = cut_rows <= cut_px && !joined;
       if (!by_rows) px = share(vecs, run.t, run.n);
     }
@@ -1115,21 +1136,32 @@ void Engine::tiles(const Run &run, const Conv &c) const {
   const size_t row_floats = size_t(c.in / c.groups) * c.taps;
   const Active *res = c.res >= 0 ? &ws.active[c.res] : nullptr;
 
+  auto pair = [&](int i) { return y.by_list ? i / 2 : ws.row[i] / 2; };
+  auto rows_of = [&](int group) {
+    const Share all{ws.group_rows[group], ws.group_rows[group + 1]};
+    if (!by_rows) return all;
+    const Share part = share(all.size(), run.t, run.n);
+    const Share rows{all.begin + part.begin, all.begin + part.end};
+    return halves ? Share{whole(all, rows.begin, pair), whole(all, rows.end, pair)} : rows;
+  };
   Workspace::Pointers &ptr = ws.pointers[run.t];
-  for (int i = 0; i < ws.n_rows; ++i) {
-    const int k = ws.rows[i];
-    ptr.w[i] = c.halves ? reinterpret_cast<const float *>(c.halves + size_t(k) * c.taps * c.columns)
-                        : c.weight.data() + size_t(k) * row_floats;
+  auto weights_of = [&](int k) {
+    return c.halves ? reinterpret_cast<const float *>(c.halves + size_t(k) * c.taps * c.columns)
+                    : c.weight.data() + size_t(k) * row_floats;
+  };
+  const int begin = rows_of(groups.begin).begin, end = rows_of(groups.end - 1).end;  // of this thread
+  for (int i = begin; i < end; ++i) {
+    const int k = ws.row[i];
+    ptr.w[i] = weights_of(k);
     if (floats) ptr.out[i] = plane(ws, c.y, k);
     if (halves) ptr.half[i] = half(ws, c.y, i, k);
     if (res) ptr.res[i] = res->on[k] ? plane(ws, c.res, k) : ws.zeros.data();
     if (pool) ptr.sum[i] = sum(ws, c.y, k, run.t);
   }
-  for (int i = 0; i < kMaxRows && ws.n_rows; ++i) ptr.w[ws.n_rows + i] = ptr.w[ws.n_rows - 1];
+  for (int i = end; i < end + kMaxRows && end > begin; ++i) ptr.w[i] = ptr.w[end - 1];  // asked for ahead, as rows are
 
   const bool made = c.halves && makes_weights(x);
   const float *own[kMaxRows];
-  auto pair = [&](int i) { return y.by_list ? i / 2 : ws.rows[i] / 2; };
   Tile tile{};
   tile.mask = mask;
   tile.upper = c.halves ? int64_t(c.taps) * tap_words(c, x) : 0;
@@ -1137,19 +1169,14 @@ void Engine::tiles(const Run &run, const Conv &c) const {
   const float *fetch[8];
   tile.fetch = fetch;
   for (int g = groups.begin; g < groups.end; ++g) {
-    Share rows{ws.group_rows[g], ws.group_rows[g + 1]};
-    if (by_rows) {
-      const Share part = share(rows.size(), run.t, run.n);
-      const Share all = rows;
-      rows = {rows.begin + part.begin, rows.begin + part.end};
-      if (halves) rows = {whole(all, rows.begin, pair), whole(all, rows.end, pair)};
-    }
+    const Share rows = rows_of(g);
     if (rows.size() == 0) continue;
     const int first = ws.group_steps[g];
     tile.steps = ws.group_steps[g + 1] - first;
     tile.xoff = ws.step_x + first;
     tile.woff = ws.step_w + first;
-    const Split split = best_split(table_, rows.size(), px.size());
+    const int rows_unit = unit(rows.size());
+    const Split split = best_split(table_, rows.size(), px.size(), rows_unit);
     const int row_parts = (rows.size() + split.rows - 1) / split.rows;
     const int px_parts = (px.size() + split.vecs - 1) / split.vecs;
     // The operand that is read again and again should be the one that stays in the cache.
@@ -1165,14 +1192,15 @@ void Engine::tiles(const Run &run, const Conv &c) const {
       tile.w = made ? own : ptr.w.data() + row;
       tile.out = floats ? ptr.out.data() + row : nullptr;
       tile.half = halves ? ptr.half.data() + row : nullptr;
+      tile.whole = rows_unit == 2;
       tile.res = res ? ptr.res.data() + row : nullptr;
       tile.sum = pool ? ptr.sum.data() + row : nullptr;
-      tile.scale = ws.scale.data() + row;
-      tile.shift = ws.shift.data() + row;
+      tile.scale = ws.row_scale + row;
+      tile.shift = ws.row_shift + row;
       const int mode = c.taps == 1 ? (weights_new ? kFetchBoth : kFetchPixels) : weights_new ? kFetchWeights : kPlain;
       (c.halves ? pairs_->tile : table_.tile)[mode][r.size()][v.size()](tile);
     };
-    const Steps row_steps(rows.size(), row_parts), px_steps(px.size(), px_parts);
+    const Steps row_steps(rows.size(), row_parts, rows_unit), px_steps(px.size(), px_parts);
     if (rows_outside) {
       for (int i = 0; i < row_parts; ++i) {
         const Share r = row_steps[i];

@@ -134,7 +134,8 @@ struct Conv {
   std::vector<Tap> tap;
   std::vector<int> phases;  // [phase] -> dy * stride + dx
   Layout stage;             // height, width: rows and columns that are copied
-  std::vector<int32_t> all_xoff, all_woff;  // steps with all inputs active; none for pairs
+  std::vector<int32_t> all_xoff, all_woff;  // steps with all inputs active
+  Floats all_scale;                         // where all rows are computed and none is predicted; the shift is `bias`
 };
 
 struct PoolOp {
@@ -199,6 +200,8 @@ struct Workspace {
   };
   std::vector<Pointers> pointers;
   const int32_t *step_x = nullptr, *step_w = nullptr;  // steps of the present layer: xoff and woff, or all of them
+  const int32_t *row = nullptr;                        // its rows, with scales and shifts: those above, or all of them
+  const float *row_scale = nullptr, *row_shift = nullptr;
   int n_rows = 0, n_only = 0;
   std::vector<int64_t> macs;                // by op, of the latest image
   std::vector<double> seconds;              // by op and part, summed over images
@@ -278,6 +281,7 @@ class Engine {
   }
   Half half(Workspace &ws, int value, int i, int c) const;  // of its i-th active channel, which is c
   void set_pairs(Workspace &ws, int value) const;
+  void set_all(Workspace &ws, int value) const;  // all channels are active
   float *sum(Workspace &ws, int value, int c, int t) const {
     const int b = values_[value].buffer;
     return ws.sums[b].data() + (size_t(t) * buffers_[b].channels + c) * kSumLanes;
@@ -326,7 +330,7 @@ class Engine {
   std::vector<AddOp> adds_;
   std::vector<SqueezeExcite> ses_;
   std::vector<Linear> linears_;
-  std::vector<int32_t> first_;  // 0, 1, 2, ...: the rows where all win
+  std::vector<int32_t> first_;  // 0, 1, 2, ...: the channels where all are active
   int input_ = -1, classes_ = 0;
   size_t staging_ = 0, picked_ = 0, wide_ = 0;
   int widest_ = 1, most_steps_ = 1, most_groups_ = 1, longest_ = kRound;

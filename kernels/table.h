@@ -41,6 +41,7 @@ struct Tile {
   int64_t at;                // the block's first pixel, for out, res and mask
   float *const *out;         // [rows], pixel 0, or null
   const Half *half;          // [rows] or null: the same, rounded to bf16, as halves of pairs
+  bool whole;                // rows 0 and 1, 2 and 3, ... are the two halves of a word each: rows is even
   const float *const *res;   // [rows] or null
   const uint32_t *mask;      // all ones where a pixel is, zero on padding
   float *const *sum;         // [rows] of kSumLanes running sums of what is stored, or null

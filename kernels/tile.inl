@@ -111,14 +111,30 @@ __attribute__((noinline)) void eltwise(float *out, const float *a, float scale, 
 
 // Float32 to the nearest bf16 (ties to even), in the lower half. A NaN stays one (but for payloads nobody makes).
 inline __attribute__((always_inline)) vu nearest(vf v) {
+#ifdef AFDS_DOT
+  return (vu)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));  // a denormal becomes zero
+#else
   const vu b = reinterpret_cast<vu>(v);
   return (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+#endif
 }
 
 typedef uint32_t vuu __attribute__((vector_size(L * 4), aligned(4), may_alias));
 
 inline __attribute__((always_inline)) void store_half(uint32_t *to, vf v, uint32_t keep, int shift) {
   *reinterpret_cast<vuu *>(to) = (nearest(v) << shift) | (*reinterpret_cast<const vuu *>(to) & keep);
+}
+
+// Both halves of a word at once: nothing has to be read.
+inline __attribute__((always_inline)) void store_pair(uint32_t *to, vf lower, vf upper) {
+#ifdef AFDS_DOT
+  const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                       20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  *reinterpret_cast<vuu *>(to) =
+      (vu)_mm512_permutexvar_epi16(zip, (__m512i)_mm512_cvtne2ps_pbh((__m512)upper, (__m512)lower));
+#else
+  *reinterpret_cast<vuu *>(to) = nearest(lower) | (nearest(upper) << 16);
+#endif
 }
 
 enum Kind { kFloats, kPairs };
@@ -229,12 +245,17 @@ void tile(const Tile &a) {
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) store(out + v * L, acc[r][v]);
     }
-    if (a.half) {
+    if (a.half && !a.whole) {
       uint32_t *words = a.half[r].words + a.at;
       const uint32_t keep = a.half[r].keep;
       const int shift = a.half[r].shift;
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) store_half(words + v * L, acc[r][v], keep, shift);
+    }
+    if (R % 2 == 0 && r % 2 && a.whole) {
+      uint32_t *words = a.half[r].words + a.at;
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) store_pair(words + v * L, acc[r - r % 2][v], acc[r][v]);
     }
     if (a.sum) {
       float *sum = a.sum[r];

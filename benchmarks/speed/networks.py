@@ -4,6 +4,7 @@
 
     dense      as timm builds it; batch norms have seen an image, so that features are alive
     settled    today's default: one set of channels for all images, the rest cut away, predicted scales kept
+    learned    the same with `--descent.scales learned`: scales are constants, no predictors
     choosing   `--descent.no-settle`, the paper's way: every image has winners of its own
 """
 
@@ -20,7 +21,7 @@ from afds import balance
 from afds.cost import CostMeter
 from afds.schedule import solve, uniform
 from afds.selection import SelectionConfig, gates, round_predictors
-from afds.settling import choose, settle, tied_units
+from afds.settling import choose, fix_scales, settle, tied_units
 
 CLASSES = 101
 
@@ -44,6 +45,17 @@ def choosing(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "f
 def settled(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "full") -> tuple[nn.Module, float]:
     """Densities shared out by the fixed rule that `fit` starts from, channels drawn at random, the rest cut away."""
     selective = _selective(model, predictor, std=0.003)  # all that is left is computed, as in trained networks
+    return _settle(selective, ratio, x_BCHW)
+
+
+def learned(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "full") -> tuple[nn.Module, float]:
+    """As `settled`, without predictors; what they would have cost goes into width."""
+    selective = afds.select(model).eval()
+    fix_scales(selective)
+    return _settle(selective, ratio, x_BCHW)
+
+
+def _settle(selective: nn.Module, ratio: float, x_BCHW: Tensor) -> tuple[nn.Module, float]:
     tied = tied_units(selective)
     layers = balance.layers_of(selective, tied)
     stages = 1 + max(stage for stage, _ in layers.values())

@@ -87,7 +87,7 @@ def fix_scales(model: nn.Module) -> None:
     """
     for name, gate in gates(model).items():
         if bool(gate.predictor.weight.any()):
-            raise ConfigError(f"--descent.scales learned: the source's predictors have learned already (first in {name}). "
+            raise ConfigError(f"--descent.scales learned: the source's predictors have learned already ({name}). "
                               "Leave the option out, or start from a network without selection.")  # fmt: skip
         gate.gamma.copy_(gate.predictor.bias)
         gate.dynamic.fill_(False)
