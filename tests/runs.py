@@ -16,6 +16,7 @@ from afds.cost import measure_cost
 from afds.data import Preprocess
 from afds.fitting import cost_summary
 from afds.selection import SelectionConfig, gates, select, set_density
+from afds.settling import choose, fix_scales, settle, tied_units
 from networks import randomise_bn, train_like
 
 LABELS = ("ant", "bee", "cat")
@@ -42,12 +43,20 @@ def write_run(
     selection: SelectionConfig | None,
     labels: tuple[str, ...] = LABELS,
     channels_last: bool = False,
+    constant: bool = False,
     **args: Any,
 ) -> nn.Module:
     """Write a run folder (weights, structure, labels, preprocessing); returns the network in it. args: of the
-    architecture, beside those of `ARCH_ARGS`."""
+    architecture, beside those of `ARCH_ARGS`; constant: settled, with scales that are the same for all images."""
     args = {**ARCH_ARGS, **args}
-    model = tiny_network(selection=selection, num_classes=len(labels), **args)
+    model = tiny_network(selection=None if constant else selection, num_classes=len(labels), **args)
+    if constant:
+        model = select(model, selection)
+        fix_scales(model)
+        chosen = gates(model)
+        worth = {name: torch.rand(gate.sign.numel()) for name, gate in chosen.items()}
+        choose(model, dict.fromkeys(chosen, 0.6), worth, tied_units(model))
+        settle(model)
     with torch.no_grad():  # logits of about 1, or every probability would be 0 or 1
         spread = model(torch.randn(8, 3, 1, 1) + 0.3 * torch.randn(8, 3, 32, 32)).abs().max()
         for parameter in model.fc.parameters() if spread.isfinite() else ():

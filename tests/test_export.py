@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -106,6 +107,19 @@ def test_a_plain_run_is_written_as_it_is(tmp_path: Path, photos: Path) -> None:
     assert (made.form, made.path) == ("dense", tmp_path / "run/model.onnx")
     x_BCHW = torch.randn(5, 3, 32, 32)
     assert gap(model(x_BCHW).detach(), open_onnx(made.path, 1)(x_BCHW.numpy())) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_nothing_depends_on_the_image_the_file_is_plain_and_the_run_itself(tmp_path: Path, kind: str) -> None:
+    model = write_run(tmp_path / "run", selection=SelectionConfig(), constant=True)
+    made = export_run(tmp_path / "run", kind)  # no photos: nothing has to be counted on them
+    assert (made.form, made.frozen) == ("static", False)
+    x_BCHW = torch.randn(5, 3, 32, 32)
+    assert gap(model(x_BCHW).detach(), READERS[kind](made.path)(x_BCHW.numpy())) < 1e-4
+    if kind == "onnx":
+        nodes = [node.op_type for node in onnx.load(made.path).graph.node]
+        assert nodes.count("Conv") == len(gates(model))
+        assert not {"Mul", "Sign", "TopK"} & set(nodes)
 
 
 def test_without_photos(run: Path, tmp_path: Path) -> None:

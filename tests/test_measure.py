@@ -55,6 +55,15 @@ def test_every_network_in_every_runtime(run: Path) -> None:
     assert "What a stopwatch says" not in write_report(run).read_text()
 
 
+def test_where_nothing_depends_on_the_image_the_static_network_is_the_runs_own(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", selection=SelectionConfig(), constant=True)
+    result = measure_run(tmp_path / "run", threads=(1,), rounds=2, only=("torch", "onnx"))
+    assert {row.form for row in result.rows} == {"dense", "static"}
+    assert "the static network is its own" in result.skipped["dynamic"]
+    assert "static in " in result.verdict[0]
+    assert "faster by the clock" in (tmp_path / "run/report.html").read_text()
+
+
 def test_what_is_left_out_says_why(run: Path) -> None:
     result = measure_run(run, threads=(1,), rounds=1, only=("torch",))
     assert "--data" in result.skipped["static"]

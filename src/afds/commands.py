@@ -305,7 +305,7 @@ def _export(arguments: list[str]) -> int:
     console.print(f"{made.path}: {made.form}, {made.macs_ratio:.2f}x fewer MACs than dense", markup=False,
                   soft_wrap=True)  # fmt: skip
     if made.model is not None and made.network is not None and made.file is not None:
-        frozen = f", frozen {made.network:.1%}" if made.form == "static" else ""
+        frozen = f", frozen {made.network:.1%}" if made.frozen else ""
         console.print(f"accuracy on {made.images} {made.split} images: run {made.model:.1%}{frozen}, "
                       f"file {made.file:.1%}", markup=False, soft_wrap=True)  # fmt: skip
         if made.network < made.model - 0.01:

@@ -200,6 +200,17 @@ def densify(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_constant(model: nn.Module) -> bool:
+    """Whether a selective network treats all images alike: no saliency is predicted (`--descent.scales learned`)."""
+    return not any(bool((gate.dynamic & gate.kept).any()) for gate in gates(model).values())
+
+
+def deployable(model: nn.Module) -> nn.Module:
+    """The same function without what is never used: plain where nothing depends on the image, else still selective."""
+    model = compact(model)
+    return densify(model) if is_constant(model) else model
+
+
 def static(model: nn.Module, batches: Iterable[Tensor], *, multiple_of: int = 1) -> nn.Module:
     """The plain, compacted network that always computes what the training images ``batches`` use most.
 

@@ -34,7 +34,7 @@ from torch import nn
 
 from afds.architecture import build_network
 from afds.artifact import Run, is_run, load_run
-from afds.compaction import compact, static
+from afds.compaction import deployable, is_constant, static
 from afds.cost import has_selection, measure_cost
 from afds.errors import AfdsError, ConfigError
 from afds.export import training_batches
@@ -90,6 +90,8 @@ class Measurement:
     skipped: dict[str, str] = field(default_factory=dict)
     verdict: list[str] = field(default_factory=list)
     profile: list[dict[str, Any]] = field(default_factory=list)
+    own: str = "dynamic"
+    """The form that is the run's own network: `static` where nothing in it depends on the image."""
     weights_sha256: str = ""
     """Of the weights that were timed: a run that is trained anew is another one."""
 
@@ -151,8 +153,8 @@ def measure_run(
     finally:
         torch.set_num_threads(before)
     if profile:
-        result.profile = _profile(networks["dynamic"] if "dynamic" in networks else networks["dense"], side, result)
-    result.verdict = verdict(result.rows)
+        result.profile = _profile(networks.get(result.own, networks["dense"]), side, result)
+    result.verdict = verdict(result.rows, result.own)
     write_json(run.path / NAME, result.to_dict())
     write_report(run.path)
     return result
@@ -189,13 +191,19 @@ def _networks(run: Run, data: Path | None, forms: list[str], result: Measurement
     if not found:
         torch.manual_seed(0)
         found["dense"] = _fresh(build_network(run.arch, run.arch_args, len(run.labels)))
-    if "static" in forms:
+    if is_constant(run.model):
+        result.own = "static"
+        if set(forms) & {"static", "dynamic"}:
+            found["static"] = deployable(run.model)
+        if "dynamic" in forms:
+            result.skipped["dynamic"] = "nothing in this run depends on the image: the static network is its own"
+    elif "static" in forms:
         try:
             found["static"] = static(run.model, training_batches(run, data))
         except AfdsError as error:
             result.skipped["static"] = str(error)
-    if "dynamic" in forms:
-        found["dynamic"] = compact(run.model)
+    if "dynamic" in forms and result.own == "dynamic":
+        found["dynamic"] = deployable(run.model)
     return {form: network.to(memory_format=torch.contiguous_format).eval() for form, network in found.items()}  # type: ignore[call-overload]
 
 
@@ -303,13 +311,16 @@ def runtime_of(row: Row) -> str:
     return row.runtime if row.precision == "float32" else f"{row.runtime} {row.precision}"
 
 
-def verdict(rows: Sequence[Row]) -> list[str]:
-    """One sentence for each setting, the bad news included: the fastest dense row of any precision beside the best."""
+def verdict(rows: Sequence[Row], own: str = "dynamic") -> list[str]:
+    """One sentence for each setting, the bad news included: the fastest dense row of any precision beside the best.
+
+    own: the form that is the run's own network.
+    """
     said = []
     for threads, batch in dict.fromkeys((row.threads, row.batch) for row in rows):
         here = [row for row in rows if (row.threads, row.batch) == (threads, batch)]
         dense = min((r for r in here if r.form == "dense"), key=lambda r: r.median_ms, default=None)
-        run = [r for r in here if r.form == "dynamic"]  # a static network is another one, with an accuracy of its own
+        run = [r for r in here if r.form == own]  # a frozen network is another one, with an accuracy of its own
         best = min(run or [r for r in here if r.form != "dense"], key=lambda r: r.median_ms, default=None)
         if dense is None or best is None:
             continue

@@ -4,6 +4,7 @@
 
     run --+-- dynamic: compact -------------------> weights gathered per image; one image at a time
           '-- static: freeze, compact, densify ---> a smaller plain network; any batch, any runtime
+                      (where nothing depends on the image there is nothing to freeze: static, and the same function)
                                                          |
                     temporary file -> read back -> accuracy on validation images = the network's? -> renamed
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from afds.artifact import Run, load_run
-from afds.compaction import compact, static
+from afds.compaction import deployable, static
 from afds.cost import has_selection, measure_cost
 from afds.data import Item
 from afds.errors import AfdsError, ExportError
@@ -58,6 +59,8 @@ class Exported:
     """Largest difference of a logit between file and network, as a share of the largest logit."""
     macs_ratio: float
     """Fewer MACs than dense, of what was written."""
+    frozen: bool = False
+    """Whether the selection was frozen, so that the file is another function than the run."""
 
 
 def export_run(
@@ -85,10 +88,11 @@ def export_run(
     run = load_run(run_path)
     out = _where(out, run, kind, static_form)
     selective = has_selection(run.model)
-    form = "dense" if not selective else "static" if static_form else "dynamic"
-    held_out, training = _photos(run, data, say, needs_training=form == "static")
-    network = compact(run.model)
-    if form == "static":
+    network = deployable(run.model)
+    form = "dense" if not selective else "dynamic" if has_selection(network) and not static_form else "static"
+    freezes = form == "static" and has_selection(network)
+    held_out, training = _photos(run, data, say, needs_training=freezes)
+    if freezes:
         say(f"Counting winners on {len(training)} training images")
         network = static(run.model, (x_BCHW for x_BCHW, _ in eval_batches(run, training)))
     side, classes = run.preprocess.input_size, len(run.labels)
@@ -105,7 +109,7 @@ def export_run(
         except Exception as error:  # exporters raise whatever they like
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ExportError(f"this network cannot be written as {kind} ({reason[:300]}).") from error
-        checked = _check(run, network, temporary, kind, form, held_out, tolerance, ratio, out)
+        checked = _check(run, network, temporary, kind, form, held_out, tolerance, ratio, out, freezes)
         for source, target in zip(files_of(temporary), files_of(out), strict=True):
             os.replace(source, target)
     except OSError as error:
@@ -183,7 +187,7 @@ def _facts(run: Run, form: str, ratio: float) -> dict[str, Any]:
 @torch.no_grad()
 def _check(
     run: Run, network: nn.Module, file: Path, kind: str, form: str, held_out: tuple[str, tuple[Item, ...]],
-    tolerance: float, ratio: float, out: Path,
+    tolerance: float, ratio: float, out: Path, frozen: bool,
 ) -> Exported:  # fmt: skip
     """Read the file back and compare it with the network.
 
@@ -201,7 +205,7 @@ def _check(
         differences += (ours - theirs).abs().amax(1).tolist()
         largest = max(largest, float(ours.abs().max()))
         if y_B is not None:
-            whole = model(x_BCHW) if form == "static" else ours
+            whole = model(x_BCHW) if frozen else ours
             right += [int((logits_BK.argmax(1) == y_B).sum()) for logits_BK in (whole, ours, theirs)]
     # Near ties between winners may fall the other way in another runtime: the median image must agree.
     typical = float(np.median(differences)) / max(largest, 1e-12)
@@ -215,7 +219,7 @@ def _check(
                           "Nothing was written.")  # fmt: skip
     known: list[float | None] = [*shares] if items else [None, None, None]
     return Exported(out, form, images if items else 0, split, known[0], known[1], known[2],
-                    max(differences) / max(largest, 1e-12), ratio)  # fmt: skip
+                    max(differences) / max(largest, 1e-12), ratio, frozen)  # fmt: skip
 
 
 def _predict(predict: Callable[[np.ndarray], np.ndarray], x_BCHW: Tensor, *, one_by_one: bool) -> Tensor:
