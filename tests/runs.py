@@ -52,7 +52,7 @@ def write_run(
     model = tiny_network(selection=None if constant else selection, num_classes=len(labels), **args)
     if constant:
         model = select(model, selection)
-        fix_scales(model)
+        fix_scales(model, list)
         chosen = gates(model)
         worth = {name: torch.rand(gate.sign.numel()) for name, gate in chosen.items()}
         choose(model, dict.fromkeys(chosen, 0.6), worth, tied_units(model))

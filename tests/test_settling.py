@@ -11,8 +11,8 @@ from torch import Tensor
 
 from afds.balance import Exponents, balance, layers_of, start
 from afds.cost import CostMeter
-from afds.errors import ConfigError
 from afds.graph import unit_roles
+from afds.masks import observe
 from afds.reconstruction import Reconstruction
 from afds.schedule import solve
 from afds.selection import gates, select, selective_units
@@ -102,7 +102,7 @@ def test_a_network_that_is_refitted_after_the_cut_is_the_one_refitted_before_it(
 def test_fixed_scales_leave_the_function_and_no_predictor(family: str) -> None:
     model = select(randomise_bn(FAMILIES[family]()).eval()).eval()
     before = copy.deepcopy(model)
-    fix_scales(model)
+    fix_scales(model, list)
     x = torch.randn(2, 3, 40, 40)
     with torch.no_grad():
         torch.testing.assert_close(model(x), before(x))
@@ -116,9 +116,13 @@ def test_fixed_scales_leave_the_function_and_no_predictor(family: str) -> None:
     assert all(gate.predictor.out_channels == 0 for gate in gates(model).values())
 
 
-def test_scales_that_were_predicted_are_not_fixed() -> None:
-    with pytest.raises(ConfigError, match="scales learned: the source's predictors have learned"):
-        fix_scales(network("resnet-basic"))
+def test_of_scales_that_were_predicted_the_mean_is_fixed() -> None:
+    model, x = network("resnet-basic"), torch.randn(6, 3, 40, 40)
+    before = {name: m.mean_q for name, m in observe(model, [x]).items()}
+    fix_scales(model, lambda: [x[:4], x[4:]])
+    for name, gate in gates(model).items():
+        torch.testing.assert_close(gate.gamma.detach(), before[name].float())
+        assert not gate.dynamic.any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

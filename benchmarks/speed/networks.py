@@ -51,7 +51,7 @@ def settled(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "fu
 def learned(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "full") -> tuple[nn.Module, float]:
     """As `settled`, without predictors; what they would have cost goes into width."""
     selective = afds.select(model).eval()
-    fix_scales(selective)
+    fix_scales(selective, list)
     return _settle(selective, ratio, x_BCHW)
 
 

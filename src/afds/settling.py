@@ -19,13 +19,13 @@ leave open for every image stays available (`--descent.no-settle`, `afds-paper`,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from afds.compaction import cut_away, find_couplings, kept_channels
-from afds.errors import ConfigError
+from afds.masks import observe
 from afds.selection import gates, set_density, winners
 
 COARSE = 8  # a layer's width must bear being rounded to an eighth of itself
@@ -77,19 +77,19 @@ def choose(
 
 
 @torch.no_grad()
-def fix_scales(model: nn.Module) -> None:
+def fix_scales(model: nn.Module, images: Callable[[], Iterable[Tensor]]) -> None:
     """Turn every channel static, in place: pi is a constant that is learned, and the predictors have no rows to keep.
 
-    The function stays what it was, as predictors start from constants.
+    Predictors that have not learned are constants, and the function stays what it was; of others the mean is taken.
 
-    Raises:
-        ConfigError: predictors have learned already, so that their saliencies are no constants.
+    Args:
+        images: batches (B, 3, H, W) of training images, asked for where predictors have learned.
     """
-    for name, gate in gates(model).items():
-        if bool(gate.predictor.weight.any()):
-            raise ConfigError(f"--descent.scales learned: the source's predictors have learned already ({name}). "
-                              "Leave the option out, or start from a network without selection.")  # fmt: skip
-        gate.gamma.copy_(gate.predictor.bias)
+    chosen = gates(model)
+    has_learned = any(bool(gate.predictor.weight.any()) for gate in chosen.values())
+    seen = observe(model, images()) if has_learned else {}
+    for name, gate in chosen.items():
+        gate.gamma.copy_(seen[name].mean_q if has_learned else gate.predictor.bias)
         gate.dynamic.fill_(False)
 
 

@@ -123,7 +123,7 @@ class Setup:
         config, budget = self.config, parse_budget(self.config.budget)
         d, will_settle = config.descent, config.method == "afds" and config.descent.settle and budget.ratio != 1
         if will_settle and d.scales == "learned":
-            fix_scales(self.network)
+            fix_scales(self.network, lambda: self._images(self.splits.train, 3 * d.images))
         free = will_settle and (self.is_base or config.teacher is None)  # to look at smaller images than its teacher
         if free and d.input_size:
             self._look_at(d.input_size)
