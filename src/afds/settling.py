@@ -14,7 +14,8 @@ What stays keeps its predicted saliency: pi = h(x) still scales every channel im
 squeeze-and-excitation, at the predictor's cost. Why: in every network that we trained with a free choice two images
 shared 99 % of their winners, freezing the winners cost nothing and freezing the scales up to 4 points, and a narrow
 network trains several times faster than a masked one (docs/accuracy-history.md). The choice that FBS and the paper
-leave open for every image stays available (`--descent.no-settle`, `afds-paper`, `fbs`).
+leave open for every image stays available (`--descent.no-settle`, `afds-paper`, `fbs`). With `--descent.scales learned`
+the scales are constants that learn, as a batch norm's do, and nothing depends on the image any more.
 """
 
 from __future__ import annotations
