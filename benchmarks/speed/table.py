@@ -20,7 +20,11 @@ from afds.files import write_atomic
 from afds.record import read_lines
 
 Line = dict[str, Any]
-KINDS = {"settled": "Settled, today's default", "choosing": "Choosing per image (`--descent.no-settle`)"}
+KINDS = {
+    "settled": "Settled, today's default",
+    "learned": "Settled, scales learned (`--descent.scales learned`)",
+    "choosing": "Choosing per image (`--descent.no-settle`)",
+}
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,14 @@ def _folders(out: Path) -> Iterator[str]:
     yield _row(heads)
     yield "|" + "---|" * len(heads)
     for path in sorted(out.glob("folders/*/measure.json"), key=lambda path: (len(path.parent.name), path)):
-        rows = json.loads(path.read_text())["rows"]
+        saved = json.loads(path.read_text())
+        rows = saved["rows"]
         for threads in dict.fromkeys(row["threads"] for row in rows):
             here = [row for row in rows if row["threads"] == threads and row["batch"] == 1]
             dense = min((r for r in here if r["form"] == "dense"), key=lambda r: r["median_ms"])
             cells = [f"{dense['median_ms']:.1f} ms ({dense['runtime']})"]
             for runtime in ("onnx", "openvino", "native"):
-                found = [r for r in here if (r["form"], r["runtime"]) == ("dynamic", runtime)]
+                found = [r for r in here if (r["form"], r["runtime"]) == (saved["own"], runtime)]
                 cells += [_folder_cell(found[0])] if found else [""]
             yield _row([path.parent.name, str(threads), *cells])
 

@@ -90,7 +90,10 @@ def fix_scales(model: nn.Module, images: Callable[[], Iterable[Tensor]]) -> None
     has_learned = any(bool(gate.predictor.weight.any()) for gate in chosen.values())
     seen = observe(model, images()) if has_learned else {}
     for name, gate in chosen.items():
-        gate.gamma.copy_(seen[name].mean_q if has_learned else gate.predictor.bias)
+        constant_C = gate.gamma.clone()
+        constant_C[slice(None) if gate.predicted is None else gate.predicted] = gate.predictor.bias
+        predicted_C = seen[name].mean_q.to(constant_C.dtype) if has_learned else constant_C
+        gate.gamma.copy_(torch.where(gate.dynamic, predicted_C, gate.gamma))
         gate.dynamic.fill_(False)
 
 
