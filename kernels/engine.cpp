@@ -54,7 +54,7 @@ struct Steps {  // `total` in `parts` of nearly equal size, the larger ones firs
   }
 };
 
-constexpr int kChunk = 256;  // rows of a matrix-vector product handed over at a time
+constexpr int kChunk = 1024;  // rows of a matrix-vector product handed over at a time
 constexpr size_t kSlack = 4 * kRound;  // floats behind each array: the loops over pixels read whole vectors
 
 int round_up(int n, int to) { return (n + to - 1) / to * to; }

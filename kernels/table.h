@@ -10,7 +10,7 @@ namespace afds {
 
 constexpr int kMaxRows = 12;  // output channels in a register tile
 constexpr int kMaxVecs = 8;   // vectors of pixels in a register tile
-constexpr int kSumLanes = 16; // pooled sums are kept as this many partial sums, whatever the vector's width
+constexpr int kSumLanes = 4;  // pooled sums are kept as this many partial sums, whatever the vector's width
 constexpr int kAhead = 8;     // steps; a pointwise tile asks for its pixels this early, so xoff is longer by it
 enum Mode { kPlain, kFetchWeights, kFetchPixels, kFetchBoth, kModes };
 constexpr int kRound = 16;    // floats; planes are cut to whole 64-byte lines for every instruction set

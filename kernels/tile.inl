@@ -94,19 +94,32 @@ inline __attribute__((always_inline)) vf apply(vf v, int act) {
   }
 }
 
+// Adds v to kSumLanes partial sums.
+inline __attribute__((always_inline)) void add_sum(float *sum, vf v) {
+#if AFDS_LANES == 16
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+  const __m128 part = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  _mm_storeu_ps(sum, _mm_add_ps(_mm_loadu_ps(sum), part));
+#elif AFDS_LANES == 8
+  const __m128 part = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  _mm_storeu_ps(sum, _mm_add_ps(_mm_loadu_ps(sum), part));
+#else
+  store(sum, load(sum) + v);
+#endif
+}
+
 __attribute__((noinline)) void eltwise(float *out, const float *a, float scale, const float *b, const uint32_t *mask, int n, int act,
              float *sum) {
   const vf s = set1(scale);
+  vf total = set1(0.0f);
   for (int i = 0; i < n; i += L) {
     vf v = load(a + i) * s;
     if (b) v += load(b + i);
     v = masked(apply(v, act), mask + i);
     store(out + i, v);
-    if (sum) {
-      float *part = sum + i % kSumLanes;
-      store(part, load(part) + v);
-    }
+    total += v;
   }
+  if (sum) add_sum(sum, total);
 }
 
 // Float32 to the nearest bf16 (ties to even), in the lower half. A NaN stays one (but for payloads nobody makes).
@@ -258,15 +271,10 @@ void tile(const Tile &a) {
       for (int v = 0; v < V; ++v) store_pair(words + v * L, acc[r - r % 2][v], acc[r][v]);
     }
     if (a.sum) {
-      float *sum = a.sum[r];
-      constexpr int P = kSumLanes / L;
+      vf total = acc[r][0];
 #pragma GCC unroll 16
-      for (int p = 0; p < P && p < V; ++p) {
-        vf part = acc[r][p];
-#pragma GCC unroll 16
-        for (int v = p + P; v < V; v += P) part += acc[r][v];
-        store(sum + p * L, load(sum + p * L) + part);
-      }
+      for (int v = 1; v < V; ++v) total += acc[r][v];
+      add_sum(a.sum[r], total);
     }
   }
 }
@@ -292,13 +300,16 @@ void widen(float *lower, float *upper, const uint32_t *from, int n) {
 // T: float, or uint16_t for bf16.
 template <typename T>
 void axpy(float *h, int n, const T *const *rows, const float *p, int m) {
+  // Short rows are done before memory could answer: so many bytes have to be on their way.
+  constexpr int kFar = 12 << 10;
+  const int line = 8 * n * int(sizeof(T)), ahead = 8 * (line < kFar ? kFar / line : 1);
   int i = 0;
   for (; i + 8 <= m; i += 8) {
     const T *w[8], *next[8];  // rows are short and scattered: what is read next has to be asked for
     vf s[8];
     for (int r = 0; r < 8; ++r) {
       w[r] = rows[i + r];
-      next[r] = rows[i + 8 + r < m ? i + 8 + r : m - 1];
+      next[r] = rows[i + ahead + r < m ? i + ahead + r : m - 1];
       s[r] = set1(p[i + r]);
     }
     int j = 0;
