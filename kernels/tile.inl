@@ -301,8 +301,9 @@ void widen(float *lower, float *upper, const uint32_t *from, int n) {
 template <typename T>
 void axpy(float *h, int n, const T *const *rows, const float *p, int m) {
   // Short rows are done before memory could answer: so many bytes have to be on their way.
+  if (n < 1) return;
   constexpr int kFar = 12 << 10;
-  const int line = 8 * n * int(sizeof(T)), ahead = 8 * (line < kFar ? kFar / line : 1);
+  const int group = 8 * n * int(sizeof(T)), ahead = 8 * (group < kFar ? kFar / group : 1);
   int i = 0;
   for (; i + 8 <= m; i += 8) {
     const T *w[8], *next[8];  // rows are short and scattered: what is read next has to be asked for
