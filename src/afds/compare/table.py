@@ -127,7 +127,8 @@ def footnote(found: Sequence[Cell], reference: str, trials: int) -> str:
     learned = "the same number of epochs" if usual is None else f"{usual} epochs in all"
     learned += f" (but {', '.join(others)})" if others else ""
     how = sorted({d.how for cell in found for d in (cell.reference, cell.dense) if d is not None})
-    tuning = f"{trials} tuning trials per row on validation images" if trials > 1 else "No tuning here: each row as it is defined"
+    tuned, untuned = f"{trials} tuning trials per row on validation images", "No tuning here: each row as it is defined"
+    tuning = tuned if trials > 1 else untuned
     return (f"Reference: {reference}. Differences are paired ({'; '.join(how) or 'none'}), in points, with their 95 % "
             f"interval; * where it leaves 0 out. ± is the standard deviation over seeds. {tuning}. Every network has "
             f"learned for {learned}; the test split was read once per run; s: seconds of a run after its base."
