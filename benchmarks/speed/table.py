@@ -95,7 +95,7 @@ def _folders(out: Path) -> Iterator[str]:
             dense = min((r for r in here if r["form"] == "dense"), key=lambda r: r["median_ms"])
             cells = [f"{dense['median_ms']:.1f} ms ({dense['runtime']})"]
             for runtime in ("onnx", "openvino", "native"):
-                found = [r for r in here if (r["form"], r["runtime"]) == (saved["own"], runtime)]
+                found = [r for r in here if (r["form"], r["runtime"]) == (saved.get("own", "dynamic"), runtime)]
                 cells += [_folder_cell(found[0])] if found else [""]
             yield _row([path.parent.name, str(threads), *cells])
 

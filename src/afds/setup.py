@@ -122,9 +122,9 @@ class Setup:
         validation split, on which cost is counted."""
         config, budget = self.config, parse_budget(self.config.budget)
         d, will_settle = config.descent, config.method == "afds" and config.descent.settle and budget.ratio != 1
-        if will_settle and d.scales == "learned":
-            fix_scales(self.network, lambda: self._images(self.splits.train, 3 * d.images))
         free = will_settle and (self.is_base or config.teacher is None)  # to look at smaller images than its teacher
+        if free and d.scales == "learned":
+            fix_scales(self.network, lambda: self._images(self.splits.train, 3 * d.images))
         if free and d.input_size:
             self._look_at(d.input_size)
         probe = self._images(self.splits.val, d.images)
