@@ -17,11 +17,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-struct Share {
-  int begin, end;
-  int size() const { return end - begin; }
-};
-
 Share share(int total, int t, int n) {
   return {static_cast<int>(int64_t(total) * t / n), static_cast<int>(int64_t(total) * (t + 1) / n)};
 }
@@ -75,6 +70,10 @@ float step_cost(int r, int v) {
 // Cycles that a cache line costs beside the product: of features that another core has just written, and of weights,
 // whose rows lie far apart. Measured with two threads on ResNet-50.
 constexpr float kFarPixels = 4.0f, kFarWeights = 16.0f;
+
+// Of a layer whose channels are lanes: cycles to bring one output into its plane, and how much faster such a layer's
+// product has to look.
+constexpr float kTransposed = 3.0f, kWorth = 1.1f;
 
 struct Split {
   int rows, vecs;
@@ -303,6 +302,7 @@ int Engine::add_value(const Value &v) {
   b.floats |= v.floats;
   b.pairs |= v.pairing != Pairing::kNone;
   values_.push_back(v);
+  full_.push_back(false);
   widest_ = std::max(widest_, v.channels);
   for (int k = static_cast<int>(first_.size()); k < v.channels; ++k) first_.push_back(k);
   return static_cast<int>(values_.size()) - 1;
@@ -311,6 +311,7 @@ int Engine::add_value(const Value &v) {
 void Engine::set_input(int value) {
   check(values_[check_value(value)].floats, "an input that is not in float32");
   input_ = value;
+  full_[value] = true;
 }
 
 void Engine::check_ready() const { check(input_ >= 0 && classes_ > 0, "no input or no classifier yet"); }
@@ -463,7 +464,6 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
         c.all_woff.push_back(t * tap_width + i % (c.columns / 2));
       }
   } else {
-    c.weight = arena_.keep(c.weight);
     const int per_in = c.in / c.groups, plane = plane_of(c);
     for (int i = 0; i < c.in; ++i)
       for (int t = 0; t < c.taps; ++t) {
@@ -472,6 +472,12 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
       }
   }
   c.all_xoff.resize(c.all_xoff.size() + kAhead);
+  if (!c.halves) {
+    set_lanes(c);
+    if (c.streams.size() && c.rows == Rows::kAll && full_[c.x]) c.weight = Floats();
+    else c.weight = arena_.keep(c.weight);
+  }
+  full_[c.y] = c.rows == Rows::kAll || (c.rows == Rows::kFollow && full_[c.x]);
   if (c.rows == Rows::kAll) {
     c.all_scale = Floats(c.out);
     for (int k = 0; k < c.out; ++k) c.all_scale[k] = c.halves ? c.factor[k] : 1.0f;
@@ -483,6 +489,49 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
   names_.push_back(c.name);
   ops_.push_back({Op::kConv, static_cast<int>(convs_.size())});
   convs_.push_back(std::move(c));
+}
+
+// On a map of few pixels most lanes of a vector would hold padding. There the output channels are the lanes and the
+// pixels the scalars, of the same tiles: the weights, in the order of the product's steps, are a stream that is read
+// once for a dozen pixels. That needs rows and inputs that are always the same.
+//
+//   acc[pixel][v] += x[step, pixel] * stream[step][v]
+void Engine::set_lanes(Conv &c) {
+  const Layout &out = layout(c.y);
+  const bool all = c.rows == Rows::kAll || (c.rows == Rows::kDynamic && c.gate.k == c.out);
+  if (c.groups > 1 || !all || !values_[c.y].floats || values_[c.y].pairing != Pairing::kNone) return;
+  const int lanes = table_.lanes, steps = c.in * c.taps, pixels = out.height * out.width;
+  const int vecs = (c.out + lanes - 1) / lanes, flat = ((out.height - 1) * out.pitch + out.width + lanes - 1) / lanes;
+  auto part = [&](int n) { return (n + threads_ - 1) / threads_; };
+  const Split split = best_split(table_, pixels, part(vecs));
+  const float other =
+      std::min(best_split(table_, part(c.out), flat).cost, best_split(table_, c.out, part(flat)).cost);
+  if ((split.cost + kTransposed * pixels * part(c.out) / steps) * kWorth >= other) return;
+  for (int t = 0; t < threads_; ++t) {
+    const Share mine = share(vecs, t, threads_);
+    const int parts = (mine.size() + split.vecs - 1) / split.vecs;
+    const Steps part_of(mine.size(), std::max(1, parts));
+    for (int i = 0; i < parts; ++i) {
+      const Share block{mine.begin + part_of[i].begin, mine.begin + part_of[i].end};
+      c.blocks.push_back({block, best_split(table_, pixels, block.size()).rows});
+    }
+  }
+  const size_t size = size_t(steps) * vecs * lanes;
+  c.streams = Floats(arena_.take(size), size);
+  float *to = c.streams.data();
+  for (const Block &block : c.blocks)
+    for (int s = 0; s < steps; ++s)
+      for (int k = block.vecs.begin * lanes; k < block.vecs.end * lanes; ++k)
+        *to++ = k < c.out ? c.weight[size_t(k) * steps + s] : 0.0f;
+  for (int y = 0; y < out.height; ++y)
+    for (int x = 0; x < out.width; ++x) c.at.push_back(y * out.pitch + x);
+  for (const Block &block : c.blocks) {
+    auto &stream = stream_[block.vecs.size()];
+    for (int s = static_cast<int>(stream.size()); s < steps + kAhead; ++s)
+      stream.push_back(s * block.vecs.size() * lanes);
+  }
+  if (ones_.size() < size_t(vecs) * lanes) ones_.assign(size_t(vecs) * lanes, ~0u);
+  transposed_ = std::max(transposed_, size_t(pixels) * vecs * lanes + out.pixels + 2 * kSlack);
 }
 
 // Whether channels that only the residual branch brings are what they were, in the memory where they are.
@@ -507,6 +556,7 @@ void Engine::add_pool(PoolOp p) {
   };
   check(fits(in.height, out.height) && fits(in.width, out.width), p.name + ": output size");
   names_.push_back(p.name);
+  full_[p.y] = full_[p.x];
   ops_.push_back({Op::kPool, static_cast<int>(pools_.size())});
   pools_.push_back(std::move(p));
 }
@@ -517,6 +567,7 @@ void Engine::add_mean(MeanOp m) {
         m.name + ": shapes");
   check_floats(m.y, m.y, m.name);
   names_.push_back(m.name);
+  full_[m.y] = full_[m.x];
   ops_.push_back({Op::kMean, static_cast<int>(means_.size())});
   means_.push_back(std::move(m));
 }
@@ -530,6 +581,7 @@ void Engine::add_add(AddOp a) {
   check_floats(a.a, a.y, a.name);
   if (a.b >= 0) check_floats(a.b, a.y, a.name);
   names_.push_back(a.name);
+  full_[a.y] = full_[a.a] || (a.b >= 0 && full_[a.b]);
   ops_.push_back({Op::kAdd, static_cast<int>(adds_.size())});
   adds_.push_back(std::move(a));
 }
@@ -543,6 +595,7 @@ void Engine::add_se(SqueezeExcite s) {
         s.name + ": weights");
   widest_ = std::max(widest_, s.hidden);
   names_.push_back(s.name);
+  full_[s.y] = full_[s.x];
   ops_.push_back({Op::kSe, static_cast<int>(ses_.size())});
   ses_.push_back(std::move(s));
 }
@@ -596,6 +649,7 @@ std::unique_ptr<Workspace> Engine::make_workspace() const {
     p.half.assign(widest_, Half{});
     p.picked.assign(picked_, 0);
     p.wide = Floats(wide_);
+    p.transposed = Floats(transposed_);
   }
   ws->macs.assign(ops_.size(), 0);
   ws->seconds.assign(ops_.size() * kParts, 0.0);
@@ -1100,6 +1154,7 @@ void Engine::tiles(const Run &run, const Conv &c) const {
       float *s = sum(ws, c.y, ws.row[i], run.t);
       std::fill(s, s + kSumLanes, 0.0f);
     }
+  if (c.streams.size() && ws.n_rows == c.out && ws.active[c.x].n == c.in) return channel_tiles(run, c);
   // Which of the threads does what: pixels, rows or groups are cut, whatever leaves the longest share shortest.
   const int vecs = ((out.height - 1) * out.pitch + out.width + lanes - 1) / lanes;
   Share px{0, vecs}, groups{0, c.groups};
@@ -1211,6 +1266,54 @@ void Engine::tiles(const Run &run, const Conv &c) const {
       for (int j = 0; j < px_parts; ++j)
         for (int i = 0; i < row_parts; ++i) block(row_steps[i], px_steps[j]);
     }
+  }
+}
+
+// See set_lanes. Each thread has channels of its own, from the product to their planes.
+void Engine::channel_tiles(const Run &run, const Conv &c) const {
+  Workspace &ws = run.ws;
+  const Layout &out = layout(c.y);
+  const int lanes = table_.lanes, pixels = static_cast<int>(c.at.size());
+  const int pitch = (c.out + lanes - 1) / lanes * lanes;
+  const Share mine = share(static_cast<int>(c.blocks.size()), run.t, run.n);
+  if (mine.size() == 0) return;
+  const float *base = c.staged ? ws.staging.data() + c.stage.lead : plane(ws, c.x, 0);
+  float *made = ws.pointers[run.t].transposed.data(), *line = made + size_t(pixels) * pitch;
+  const int steps = c.in * c.taps;
+  static constexpr float kOnes[kMaxRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, kZeros[kMaxRows] = {};
+  const float *x[kMaxRows];
+  float *to[kMaxRows];
+  Tile tile{};
+  tile.steps = steps, tile.woff = c.all_xoff.data();
+  tile.w = x, tile.out = to, tile.scale = kOnes, tile.shift = kZeros, tile.act = kNone, tile.mask = ones_.data();
+  for (int b = mine.begin; b < mine.end; ++b) {
+    const Share block = c.blocks[b].vecs;
+    tile.x = c.streams.data() + size_t(steps) * block.begin * lanes;
+    tile.xoff = stream_[block.size()].data();
+    tile.at = block.begin * lanes;
+    const int parts = (pixels + c.blocks[b].pixels - 1) / c.blocks[b].pixels;
+    const Steps part_of(pixels, parts);
+    for (int i = 0; i < parts; ++i) {
+      const Share part = part_of[i];
+      for (int p = part.begin; p < part.end; ++p)
+        x[p - part.begin] = base + c.at[p], to[p - part.begin] = made + size_t(p) * pitch;
+      table_.tile[i == 0 ? kFetchPixels : kPlain][part.size()][block.size()](tile);
+    }
+  }
+  const int begin = c.blocks[mine.begin].vecs.begin * lanes;
+  const int end = std::min(c.out, c.blocks[mine.end - 1].vecs.end * lanes);
+  for (int p = 0; p < pixels; ++p) {
+    float *row = made + size_t(p) * pitch;
+    for (int k = begin; k < end; ++k) row[k] = row[k] * ws.row_scale[k] + ws.row_shift[k];
+  }
+  std::fill(line, line + out.pixels, 0.0f);
+  const uint32_t *mask = buffers_[values_[c.y].buffer].mask.data();
+  const Active *res = c.res >= 0 ? &ws.active[c.res] : nullptr;
+  const bool pool = values_[c.y].pooled;
+  for (int k = begin; k < end; ++k) {
+    for (int p = 0; p < pixels; ++p) line[c.at[p]] = made[size_t(p) * pitch + k];
+    table_.eltwise(plane(ws, c.y, k), line, 1.0f, res && res->on[k] ? plane(ws, c.res, k) : nullptr, mask, out.pixels,
+                   c.act, pool ? sum(ws, c.y, k, run.t) : nullptr);
   }
 }
 

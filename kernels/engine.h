@@ -64,6 +64,11 @@ struct Layout {
   }
 };
 
+struct Share {
+  int begin, end;
+  int size() const { return end - begin; }
+};
+
 struct Buffer {
   Layout layout;
   int channels = 0;
@@ -112,6 +117,11 @@ struct Tap {
   int phase, offset;
 };
 
+struct Block {
+  Share vecs;
+  int pixels;  // at most, of one tile
+};
+
 struct Conv {
   std::string name;
   int x = 0, y = 0, res = -1;  // values
@@ -135,6 +145,10 @@ struct Conv {
   std::vector<int> phases;  // [phase] -> dy * stride + dx
   Layout stage;             // height, width: rows and columns that are copied
   std::vector<int32_t> all_xoff, all_woff;  // steps with all inputs active
+  // Where channels are the lanes: the blocks' vectors of output channels, and [block][step][its channels].
+  std::vector<Block> blocks;
+  Floats streams;
+  std::vector<int32_t> at;  // [pixel] its place in a plane
   Floats all_scale;                         // where all rows are computed and none is predicted; the shift is `bias`
 };
 
@@ -196,6 +210,7 @@ struct Workspace {
     std::vector<float *> out, sum;
     std::vector<Half> half;
     std::vector<uint16_t> picked;  // weights of active inputs of the rows of one tile
+    Floats transposed;             // [pixel][channel] of a layer whose channels are lanes
     Floats wide;                   // all weights of these rows as floats, for products that do not read pairs
   };
   std::vector<Pointers> pointers;
@@ -298,6 +313,8 @@ class Engine {
   int64_t list_steps(Workspace &ws, const Conv &c, int n) const;
   void stage(const Run &run, const Conv &c) const;
   void tiles(const Run &run, const Conv &c) const;
+  void set_lanes(Conv &c);
+  void channel_tiles(const Run &run, const Conv &c) const;
   bool makes_weights(const Active &x) const;  // a few rows at a time, for each image
   int tap_words(const Conv &c, const Active &x) const;
   void make_weights(const Run &run, const Conv &c, int row, int rows, const float **to) const;
@@ -331,6 +348,10 @@ class Engine {
   std::vector<SqueezeExcite> ses_;
   std::vector<Linear> linears_;
   std::vector<int32_t> first_;  // 0, 1, 2, ...: the channels where all are active
+  std::vector<bool> full_;      // by value: all channels are active in every image
+  std::vector<int32_t> stream_[kMaxVecs + 1];  // by vectors of a block: where its steps are, 0, v * lanes, ...
+  std::vector<uint32_t> ones_;                 // a mask of channels
+  size_t transposed_ = 0;
   int input_ = -1, classes_ = 0;
   size_t staging_ = 0, picked_ = 0, wide_ = 0;
   int widest_ = 1, most_steps_ = 1, most_groups_ = 1, longest_ = kRound;

@@ -15,7 +15,7 @@ from afds.cli import main
 from afds.compare.page import write_page
 from afds.compare.plan import CANDIDATES, CompareConfig, make_plan
 from afds.compare.rows import parse_row, read_rows
-from afds.compare.run import compare
+from afds.compare.run import compare, to_do
 from afds.compare.table import cells, footnote, markdown, write_tables
 from afds.config import DataConfig, DescentConfig, FitConfig, OptimConfig
 from afds.data import write_digits
@@ -104,6 +104,17 @@ def test_bases_are_shared_and_every_network_learns_as_long(tmp_path: Path) -> No
     assert finals["kd", "1x"].config.teacher == tmp_path / "out" / finals["kd", "1x"].needs[0]
     order = [t.key for t in plan]
     assert all(order.index(need) < order.index(t.key) for t in plan for need in t.needs)
+
+
+def test_bases_that_no_trial_needs_any_more_are_not_trained(tmp_path: Path) -> None:
+    c = CompareConfig(data=(tmp_path,), out=tmp_path / "out", budgets="2x", seeds=2, methods="l2,l2+l1,kd+l1,afds")
+    plan = make_plan(c)
+    finals = [t for t in plan if t.kind == "final"]
+    assert to_do(plan, {t.key: {} for t in finals}) == {}
+    left = next(t for t in finals if t.row == "kd+l1" and t.seed == 1)
+    lines = {t.key: {} for t in plan if t.kind != "base" and t is not left}
+    assert set(to_do(plan, lines)) == {left.key, *left.needs}
+    assert set(to_do(plan, lines | {left.needs[0]: {}})) == {left.key}
 
 
 def test_every_row_has_the_same_number_of_trials_and_only_finals_read_the_test_split(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from afds.cost import Cost
 from afds.schedule import Allocation
 from afds.selection import Gate, SelectiveConvBN, gates, selective_units
+from afds.strided import taken_apart
 
 
 @dataclass
@@ -62,7 +63,9 @@ def estimate(
         with torch.enable_grad():
             for x_BCHW, y_B in batches:
                 taken.clear()
-                F.cross_entropy(model(x_BCHW).float(), y_B, reduction="sum").backward()
+                with taken_apart(model):
+                    logits_BK = model(x_BCHW)
+                F.cross_entropy(logits_BK.float(), y_B, reduction="sum").backward()
                 for name, out_BCHW, q_BC in taken:
                     assert out_BCHW.grad is not None
                     effect_BC = (out_BCHW.grad * out_BCHW.detach()).sum((2, 3)).double()

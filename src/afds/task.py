@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from afds.config import FitConfig, OptimConfig
 from afds.distillation import TapPoint, tap, tap_points
 from afds.selection import Predictor
+from afds.strided import taken_apart
 from afds.transfer import Regulariser, Step
 
 
@@ -57,7 +58,7 @@ class Task(nn.Module):
 
         mixed: where the images are blends, the labels (B,) of their second parts and the share of the first.
         """
-        with tap(self.network, self.points) as features:
+        with tap(self.network, self.points) as features, taken_apart(self.network):
             logits_BK = self.network(x_BCHW)
         out: dict[str, Any] = {"entropy": {}}
         smoothing = self.config.optim.label_smoothing

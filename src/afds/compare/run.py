@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,8 @@ def _compare(c: CompareConfig, console: Console, pool: Executor, slots: int | No
     lines = _known_lines(c)
     for trial in plan:
         c.out.joinpath(trial.key).parent.mkdir(parents=True, exist_ok=True)
-    todo = {trial.key: trial for trial in plan if trial.key not in lines}
+    todo = to_do(plan, lines)
+    plan = [trial for trial in plan if trial.key in lines or trial.key in todo]
     console.print(f"{len(plan)} trials, {len(plan) - len(todo)} of them done.")
 
     def note(line: dict[str, Any]) -> None:
@@ -82,6 +83,16 @@ def _compare(c: CompareConfig, console: Console, pool: Executor, slots: int | No
     _run(pool, slots or len(plan), todo, lines, rows, note)
     # Measured since: `afds measure RUN` may come at any time.
     return [lines[trial.key] | {"latency_ms": _latency(c.out / trial.key)} for trial in plan]
+
+
+def to_do(plan: list[Trial], lines: Mapping[str, Any]) -> dict[str, Trial]:
+    """Trials that have no line yet; of bases only those that one of these starts from.
+
+    Kept lines of final runs are so enough to go on from, on another machine, without the folders behind them.
+    """
+    left = {trial.key: trial for trial in plan if trial.key not in lines}
+    needed = {key for trial in left.values() for key in trial.needs}
+    return {key: trial for key, trial in left.items() if trial.kind != "base" or key in needed}
 
 
 def preflight(c: CompareConfig, console: Console) -> dict[str, str]:
