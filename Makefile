@@ -23,13 +23,17 @@ test: $(STAMP) lint
 test-slow: $(STAMP)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'slow or data'
 
-# The runtime's tests on kernels built under the address and undefined-behaviour sanitizers (g++; minutes to compile).
+# The runtime's tests on kernels built under sanitizers (g++; minutes to compile): SANITIZER=address,undefined or thread.
 # -S leaves out the editable install, which would come before the build under test; libstdc++ is preloaded so that
-# the sanitizer finds the exceptions it is to watch; CPython itself leaks. Arguments of pytest: ARGS='-k family'.
-SANITIZED := build/sanitized
+# the sanitizer finds the exceptions it is to watch; CPython itself leaks, and torch's own threads are not watched.
+# Arguments of pytest: ARGS='-k family'.
+SANITIZER := address,undefined
+comma := ,
+SANITIZED := build/sanitized-$(firstword $(subst $(comma), ,$(SANITIZER)))
 sanitize: $(SANITIZED)/.built
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 \
+	LD_PRELOAD="$$(g++ -print-file-name=lib$(if $(filter thread,$(SANITIZER)),tsan,asan).so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 \
 	PYTHONPATH="$(SANITIZED):$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 	$(BIN)/python -S -m pytest -p no:cacheprovider tests/test_runtime.py tests/test_runtime_bf16.py \
 	  tests/test_runtime_choice.py $(ARGS)
@@ -37,7 +41,7 @@ sanitize: $(SANITIZED)/.built
 $(SANITIZED)/.built: $(STAMP) CMakeLists.txt $(wildcard kernels/* src/afds/*.py src/afds/*/*.py)
 	rm -rf $(SANITIZED)
 	CXX=g++ $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(SANITIZED) . \
-	  -C build-dir=build/sanitizing -C cmake.build-type=RelWithDebInfo -C cmake.define.AFDS_SANITIZE=ON
+	  -C build-dir=$(SANITIZED)-objects -C cmake.build-type=RelWithDebInfo "-C" "cmake.define.AFDS_SANITIZE=$(SANITIZER)"
 	@touch $@
 
 lint: $(STAMP)

@@ -622,12 +622,14 @@ std::unique_ptr<Workspace> Engine::make_workspace() const {
   auto ws = std::make_unique<Workspace>();
   for (const Buffer &b : buffers_) {
     const size_t n = b.floats ? size_t(b.channels) * b.layout.plane : 0;
-    const size_t sums = size_t(threads_) * b.channels * kSumLanes;
+    const size_t sums = size_t(sum_slots()) * b.channels * kSumLanes;
     ws->memory.emplace_back(ws->arena.take(n), n);
     const size_t pairs = b.pairs ? size_t(b.channels + 1) / 2 * b.layout.plane : 0;
     ws->words.push_back(reinterpret_cast<uint32_t *>(ws->arena.take(pairs)));
     ws->sums.emplace_back(ws->arena.take(sums), sums);
+    ws->slots.emplace_back(b.channels, 1);
   }
+  ws->claims = std::make_unique<Claim[]>(threads_);
   ws->active.resize(values_.size());
   for (size_t v = 0; v < values_.size(); ++v) {
     ws->active[v].list.assign(values_[v].channels + 1, 0);
@@ -664,7 +666,7 @@ std::unique_ptr<Workspace> Engine::make_workspace() const {
 size_t Engine::workspace_bytes() const {
   size_t n = staging_;
   for (const Buffer &b : buffers_) {
-    n += size_t(b.channels) * ((b.floats ? b.layout.plane : 0) + threads_ * kSumLanes);
+    n += size_t(b.channels) * ((b.floats ? b.layout.plane : 0) + sum_slots() * kSumLanes);
     if (b.pairs) n += size_t(b.channels + 1) / 2 * b.layout.plane;
   }
   return n * sizeof(float);
@@ -786,6 +788,7 @@ void Engine::load(const Run &run, const float *x) const {
   for (int c = 0; c < n; ++c) {
     float *to = plane(run.ws, input_, c), *s = sum(run.ws, input_, c, run.t);
     std::fill(s, s + kSumLanes, 0.0f);
+    if (run.t == 0) slots(run.ws, input_, c) = run.n;
     for (int y = mine.begin; y < mine.end; ++y) {
       const float *row = x + (size_t(c) * l.height + y) * l.width;
       float *at = to + y * l.pitch;
@@ -850,8 +853,9 @@ void Engine::pooled(const Run &run, int value, int begin, int end, float *p) con
   const float area = 1.0f / (float(l.height) * l.width);
   for (int i = begin; i < end; ++i) {
     float lanes[kSumLanes] = {};
-    for (int t = 0; t < run.n; ++t) {
-      const float *s = sum(run.ws, value, a.list[i], t);
+    const int n = slots(run.ws, value, a.list[i]);
+    for (int slot = 0; slot < n; ++slot) {
+      const float *s = sum(run.ws, value, a.list[i], slot);
       for (int j = 0; j < kSumLanes; ++j) lanes[j] += s[j];
     }
     for (int half = kSumLanes / 2; half; half /= 2)
@@ -929,6 +933,7 @@ void Engine::predict(const Run &run, const Conv &c) const {
 // One thread: the winners, their scales, the steps of the product, and what all this costs.
 void Engine::choose(const Run &run, const Conv &c, int op) const {
   Workspace &ws = run.ws;
+  for (int t = 0; t < run.n; ++t) ws.claims[t].next.store(0, std::memory_order_relaxed);
   const Active &x = ws.active[c.x];
   Active &y = ws.active[c.y];
   int32_t *rows = ws.rows.data();
@@ -1148,31 +1153,32 @@ void Engine::make_weights(const Run &run, const Conv &c, int row, int rows, cons
   }
 }
 
+// The loops over one group's tiles: rows outside or pixels outside, each in so many parts.
+struct Engine::Loops {
+  Share rows;
+  int unit, row_parts, px_parts, max_vecs;
+  bool rows_outside;
+};
+
 void Engine::tiles(const Run &run, const Conv &c) const {
   Workspace &ws = run.ws;
   const Layout &out = layout(c.y);
   const bool pool = values_[c.y].pooled;
   const int lanes = table_.lanes;
-  if (pool)
-    for (int i = 0; i < ws.n_rows; ++i) {
-      float *s = sum(ws, c.y, ws.row[i], run.t);
-      std::fill(s, s + kSumLanes, 0.0f);
-    }
   if (c.streams.size() && ws.n_rows == c.out && ws.active[c.x].n == c.in) return channel_tiles(run, c);
-  // Which of the threads does what: pixels, rows or groups are cut, whatever leaves the longest share shortest.
+  // How the work is shared: pixels, rows or groups are cut, whatever leaves the longest share shortest.
   const int vecs = ((out.height - 1) * out.pitch + out.width + lanes - 1) / lanes;
-  Share px{0, vecs}, groups{0, c.groups};
-  bool by_rows = false;
+  enum { kWhole, kPixels, kRows, kGroups } cut = kWhole;
   const bool halves = values_[c.y].pairing != Pairing::kNone, floats = values_[c.y].floats;
   const Active &x = ws.active[c.x], &y = ws.active[c.y];
   // Row i is channel i, or goes into place i: rows 2 i and 2 i + 1 are the halves of one word, and stay together.
   const bool whole_pairs = halves && (c.groups == 1 ? y.by_list || ws.n_rows == c.out
                                                     : ws.n_rows == c.out && c.out / c.groups % 2 == 0);
-  auto unit = [&](int rows) { return whole_pairs && rows % 2 == 0 ? 2 : 1; };
+  auto unit_of = [&](int rows) { return whole_pairs && rows % 2 == 0 ? 2 : 1; };
+  const bool joined = halves && c.groups > 1 && (y.by_list || c.out / c.groups % 2);  // pairs across groups
   if (run.n > 1) {
-    const bool joined = halves && c.groups > 1 && (y.by_list || c.out / c.groups % 2);  // pairs across groups
     if (c.groups >= 2 * run.n && !joined) {
-      groups = share(c.groups, run.t, run.n);
+      cut = kGroups;
     } else {
       const int rows = std::max(1, ws.n_rows / c.groups);
       // Cut by pixels each thread reads all weights; cut by rows it reads all pixels, which another thread has just
@@ -1180,69 +1186,91 @@ void Engine::tiles(const Run &run, const Conv &c) const {
       const float steps = float(ws.group_steps[c.groups]) / c.groups, far = float(run.n - 1) / run.n;
       const float channels = steps / c.taps * c.groups + ws.n_rows * (c.res >= 0 ? 2 : 1);
       const float pixel_lines = channels * vecs * lanes / kRound, weight_lines = steps * ws.n_rows / kRound;
-      auto cost = [&](int rows, int vecs) { return steps * best_split(table_, rows, vecs, unit(rows)).cost; };
+      auto cost = [&](int rows, int vecs) { return steps * best_split(table_, rows, vecs, unit_of(rows)).cost; };
       const float cut_px = cost(rows, (vecs + run.n - 1) / run.n) + far * kFarWeights * weight_lines;
       const float cut_rows = cost((rows + run.n - 1) / run.n, vecs) + far * kFarPixels * pixel_lines;
-      by_rows = cut_rows <= cut_px && !joined;
-      if (!by_rows) px = share(vecs, run.t, run.n);
+      cut = cut_rows <= cut_px && !joined ? kRows : kPixels;
     }
   }
-  if (px.size() == 0) return;
+  const int shares = cut == kPixels ? std::min(run.n, vecs) : run.n;
   const float *base = c.staged   ? ws.staging.data() + c.stage.lead
                       : c.halves ? reinterpret_cast<const float *>(words(ws, c.x, 0))
                                  : plane(ws, c.x, 0);
   const uint32_t *mask = buffers_[values_[c.y].buffer].mask.data();
   const size_t row_floats = size_t(c.in / c.groups) * c.taps;
   const Active *res = c.res >= 0 ? &ws.active[c.res] : nullptr;
+  const bool made = c.halves && makes_weights(x);
 
   auto pair = [&](int i) { return y.by_list ? i / 2 : ws.row[i] / 2; };
-  auto rows_of = [&](int group) {
+  auto rows_of = [&](int group, int h) {
     const Share all{ws.group_rows[group], ws.group_rows[group + 1]};
-    if (!by_rows) return all;
-    const Share part = share(all.size(), run.t, run.n);
+    if (cut != kRows) return all;
+    const Share part = share(all.size(), h, shares);
     const Share rows{all.begin + part.begin, all.begin + part.end};
     return halves ? Share{whole(all, rows.begin, pair), whole(all, rows.end, pair)} : rows;
   };
+  auto loops_of = [&](int group, Share rows, int px) {
+    const int steps = ws.group_steps[group + 1] - ws.group_steps[group], unit = unit_of(rows.size());
+    if (rows.size() == 0) return Loops{rows, unit, 0, 0, 1, true};
+    const Split split = best_split(table_, rows.size(), px, unit);
+    // The operand that is read again and again should be the one that stays in the cache.
+    const int64_t weights = int64_t(rows.size()) * steps, pixels = int64_t(steps) / c.taps * px * lanes;
+    return Loops{rows, unit, (rows.size() + split.rows - 1) / split.rows, (px + split.vecs - 1) / split.vecs, split.vecs,
+                 weights > pixels || made};
+  };
+  // Units of a share: rows, groups or pixels that are done in one go. The same for all shares, so that sums, which are
+  // kept apart where units share their rows, do not depend on who did what.
+  const int first_px = cut == kPixels ? vecs / shares : vecs;
+  const Loops typical = c.groups == 1 ? loops_of(0, rows_of(0, 0), first_px) : Loops{};
+  const bool rows_outside = c.groups > 1 || typical.rows_outside, by_px = cut == kPixels;
+  int units = 1;
+  if (shares > 1) {
+    if (c.groups > 1) units = joined ? 1 : kSlots;
+    else if (rows_outside) units = typical.row_parts;
+    else units = std::min(first_px / typical.max_vecs, pool ? sum_slots() / (by_px ? shares : 1) : kSlots);
+    units = std::max(units, 1);
+  }
+  if (pool && run.t == 0) {
+    const int n = (by_px ? shares : 1) * (rows_outside ? 1 : units);
+    for (int i = 0; i < ws.n_rows; ++i) slots(ws, c.y, ws.row[i]) = n;
+  }
+
   Workspace::Pointers &ptr = ws.pointers[run.t];
   auto weights_of = [&](int k) {
     return c.halves ? reinterpret_cast<const float *>(c.halves + size_t(k) * c.taps * c.columns)
                     : c.weight.data() + size_t(k) * row_floats;
   };
-  const int begin = rows_of(groups.begin).begin, end = rows_of(groups.end - 1).end;  // of this thread
-  for (int i = begin; i < end; ++i) {
-    const int k = ws.row[i];
-    ptr.w[i] = weights_of(k);
-    if (floats) ptr.out[i] = plane(ws, c.y, k);
-    if (halves) ptr.half[i] = half(ws, c.y, i, k);
-    if (res) ptr.res[i] = res->on[k] ? plane(ws, c.res, k) : ws.zeros.data();
-    if (pool) ptr.sum[i] = sum(ws, c.y, k, run.t);
-  }
-  for (int i = end; i < end + kMaxRows && end > begin; ++i) ptr.w[i] = ptr.w[end - 1];  // asked for ahead, as rows are
-
-  const bool made = c.halves && makes_weights(x);
-  const float *own[kMaxRows];
+  auto point = [&](Share rows) {
+    for (int i = rows.begin; i < rows.end; ++i) {
+      const int k = ws.row[i];
+      ptr.w[i] = weights_of(k);
+      if (floats) ptr.out[i] = plane(ws, c.y, k);
+      if (halves) ptr.half[i] = half(ws, c.y, i, k);
+      if (res) ptr.res[i] = res->on[k] ? plane(ws, c.res, k) : ws.zeros.data();
+    }
+    for (int i = rows.end; i < rows.end + kMaxRows && rows.size(); ++i)  // asked for ahead, as rows are
+      ptr.w[i] = ptr.w[rows.end - 1];
+  };
+  const float *own[kMaxRows], *fetch[8];
   Tile tile{};
   tile.mask = mask;
   tile.upper = c.halves ? int64_t(c.taps) * tap_words(c, x) : 0;
   tile.act = c.act;
-  const float *fetch[8];
   tile.fetch = fetch;
-  for (int g = groups.begin; g < groups.end; ++g) {
-    const Share rows = rows_of(g);
-    if (rows.size() == 0) continue;
+  // Parts [rp) of the rows and [pp) of the pixels of a group.
+  auto run_group = [&](int g, Share px, const Loops &l, Share rp, Share pp, int slot) {
     const int first = ws.group_steps[g];
     tile.steps = ws.group_steps[g + 1] - first;
     tile.xoff = ws.step_x + first;
     tile.woff = ws.step_w + first;
-    const int rows_unit = unit(rows.size());
-    const Split split = best_split(table_, rows.size(), px.size(), rows_unit);
-    const int row_parts = (rows.size() + split.rows - 1) / split.rows;
-    const int px_parts = (px.size() + split.vecs - 1) / split.vecs;
-    // The operand that is read again and again should be the one that stays in the cache.
-    const int64_t weights = int64_t(rows.size()) * tile.steps, pixels = int64_t(tile.steps) / c.taps * px.size() * lanes;
-    const bool rows_outside = weights > pixels || made;
+    const Steps row_steps(l.rows.size(), std::max(1, l.row_parts), l.unit), px_steps(px.size(), std::max(1, l.px_parts));
+    if (pool && rp.size())
+      for (int i = l.rows.begin + row_steps[rp.begin].begin; i < l.rows.begin + row_steps[rp.end - 1].end; ++i) {
+        ptr.sum[i] = sum(ws, c.y, ws.row[i], slot);
+        std::fill(ptr.sum[i], ptr.sum[i] + kSumLanes, 0.0f);
+      }
     auto block = [&](Share r, Share v) {
-      const int at = (px.begin + v.begin) * lanes, row = rows.begin + r.begin;
+      const int at = (px.begin + v.begin) * lanes, row = l.rows.begin + r.begin;
       const bool weights_new = v.begin == 0;  // the first pixels of a row meet its weights in memory far away
       if (weights_new)
         for (int i = 0, j = 0; i < 8; ++i, j = j + 1 < r.size() ? j + 1 : 0) fetch[i] = ptr.w[row + r.size() + j];
@@ -1251,7 +1279,7 @@ void Engine::tiles(const Run &run, const Conv &c) const {
       tile.w = made ? own : ptr.w.data() + row;
       tile.out = floats ? ptr.out.data() + row : nullptr;
       tile.half = halves ? ptr.half.data() + row : nullptr;
-      tile.whole = rows_unit == 2;
+      tile.whole = l.unit == 2;
       tile.res = res ? ptr.res.data() + row : nullptr;
       tile.sum = pool ? ptr.sum.data() + row : nullptr;
       tile.scale = ws.row_scale + row;
@@ -1259,28 +1287,58 @@ void Engine::tiles(const Run &run, const Conv &c) const {
       const int mode = c.taps == 1 ? (weights_new ? kFetchBoth : kFetchPixels) : weights_new ? kFetchWeights : kPlain;
       (c.halves ? pairs_->tile : table_.tile)[mode][r.size()][v.size()](tile);
     };
-    const Steps row_steps(rows.size(), row_parts, rows_unit), px_steps(px.size(), px_parts);
-    if (rows_outside) {
-      for (int i = 0; i < row_parts; ++i) {
+    if (l.rows_outside) {
+      for (int i = rp.begin; i < rp.end; ++i) {
         const Share r = row_steps[i];
-        if (made) make_weights(run, c, rows.begin + r.begin, r.size(), own);
-        for (int j = 0; j < px_parts; ++j) block(r, px_steps[j]);
+        if (made) make_weights(run, c, l.rows.begin + r.begin, r.size(), own);
+        for (int j = pp.begin; j < pp.end; ++j) block(r, px_steps[j]);
       }
     } else {
-      for (int j = 0; j < px_parts; ++j)
-        for (int i = 0; i < row_parts; ++i) block(row_steps[i], px_steps[j]);
+      for (int j = pp.begin; j < pp.end; ++j)
+        for (int i = rp.begin; i < rp.end; ++i) block(row_steps[i], px_steps[j]);
+    }
+  };
+  for (int i = 0; i < shares; ++i) {
+    const int h = (run.t + i) % shares;
+    const Share px = by_px ? share(vecs, h, shares) : Share{0, vecs};
+    const Share groups = cut == kGroups ? share(c.groups, h, shares) : Share{0, c.groups};
+    Loops l{};
+    bool begun = false;
+    for (int u; (u = ws.claims[h].take()) < units;) {
+      if (!begun) point({rows_of(groups.begin, h).begin, rows_of(groups.end - 1, h).end});
+      if (c.groups > 1) {
+        begun = true;
+        const Share mine = share(groups.size(), u, units);
+        for (int g = groups.begin + mine.begin; g < groups.begin + mine.end; ++g) {
+          const Share rows = rows_of(g, h);
+          if (rows.size() == 0) continue;
+          l = loops_of(g, rows, px.size());
+          run_group(g, px, l, {0, l.row_parts}, {0, l.px_parts}, by_px ? h : 0);
+        }
+        continue;
+      }
+      if (!begun) {
+        begun = true;
+        l = loops_of(0, rows_of(0, h), px.size());
+        l.rows_outside = rows_outside;
+      }
+      if (rows_outside) {
+        // Rows that are not cut in pairs may share a word with those of the unit before: all in the first unit then.
+        const Share parts = !halves || l.unit == 2 ? share(l.row_parts, u, units) : Share{0, u == 0 ? l.row_parts : 0};
+        run_group(0, px, l, parts, {0, l.px_parts}, by_px ? h : 0);
+      } else {
+        run_group(0, px, l, {0, l.row_parts}, share(l.px_parts, u, units), by_px ? h * units + u : u);
+      }
     }
   }
 }
 
-// See set_lanes. Each thread has channels of its own, from the product to their planes.
+// See set_lanes. Whoever multiplies a block of channels also brings it into their planes.
 void Engine::channel_tiles(const Run &run, const Conv &c) const {
   Workspace &ws = run.ws;
   const Layout &out = layout(c.y);
   const int lanes = table_.lanes, pixels = static_cast<int>(c.at.size());
   const int pitch = (c.out + lanes - 1) / lanes * lanes;
-  const Share mine = share(static_cast<int>(c.blocks.size()), run.t, run.n);
-  if (mine.size() == 0) return;
   const float *base = c.staged ? ws.staging.data() + c.stage.lead : plane(ws, c.x, 0);
   float *made = ws.pointers[run.t].transposed.data(), *line = made + size_t(pixels) * pitch;
   const int steps = c.in * c.taps;
@@ -1289,11 +1347,15 @@ void Engine::channel_tiles(const Run &run, const Conv &c) const {
   float *to[kMaxRows];
   Tile tile{};
   tile.w = x, tile.out = to, tile.scale = kOnes, tile.shift = kZeros, tile.act = kNone, tile.mask = ones_.data();
-  for (int b = mine.begin; b < mine.end; ++b) {
-    const Share block = c.blocks[b].vecs;
+  const uint32_t *mask = buffers_[values_[c.y].buffer].mask.data();
+  const Active *res = c.res >= 0 ? &ws.active[c.res] : nullptr;
+  const bool pool = values_[c.y].pooled;
+  std::fill(line, line + out.pixels, 0.0f);
+  auto run_block = [&](const Block &of) {
+    const Share block = of.vecs;
     tile.x = c.streams.data() + size_t(steps) * block.begin * lanes;
     tile.at = block.begin * lanes;
-    const int parts = (pixels + c.blocks[b].pixels - 1) / c.blocks[b].pixels;
+    const int parts = (pixels + of.pixels - 1) / of.pixels;
     const Steps part_of(pixels, parts);
     // Where the weights are read more than once, a piece of them at a time, which stays in the first cache; the sums
     // wait in `made` meanwhile.
@@ -1314,21 +1376,21 @@ void Engine::channel_tiles(const Run &run, const Conv &c) const {
         table_.tile[i == 0 ? kFetchPixels : kPlain][part.size()][block.size()](tile);
       }
     }
-  }
-  const int begin = c.blocks[mine.begin].vecs.begin * lanes;
-  const int end = std::min(c.out, c.blocks[mine.end - 1].vecs.end * lanes);
-  for (int p = 0; p < pixels; ++p) {
-    float *row = made + size_t(p) * pitch;
-    for (int k = begin; k < end; ++k) row[k] = row[k] * ws.row_scale[k] + ws.row_shift[k];
-  }
-  std::fill(line, line + out.pixels, 0.0f);
-  const uint32_t *mask = buffers_[values_[c.y].buffer].mask.data();
-  const Active *res = c.res >= 0 ? &ws.active[c.res] : nullptr;
-  const bool pool = values_[c.y].pooled;
-  for (int k = begin; k < end; ++k) {
-    for (int p = 0; p < pixels; ++p) line[c.at[p]] = made[size_t(p) * pitch + k];
-    table_.eltwise(plane(ws, c.y, k), line, 1.0f, res && res->on[k] ? plane(ws, c.res, k) : nullptr, mask, out.pixels,
-                   c.act, pool ? sum(ws, c.y, k, run.t) : nullptr);
+    const int begin = block.begin * lanes, end = std::min(c.out, block.end * lanes);
+    for (int p = 0; p < pixels; ++p) {
+      float *row = made + size_t(p) * pitch;
+      for (int k = begin; k < end; ++k) row[k] = row[k] * ws.row_scale[k] + ws.row_shift[k];
+    }
+    for (int k = begin; k < end; ++k) {
+      for (int p = 0; p < pixels; ++p) line[c.at[p]] = made[size_t(p) * pitch + k];
+      table_.eltwise(plane(ws, c.y, k), line, 1.0f, res && res->on[k] ? plane(ws, c.res, k) : nullptr, mask, out.pixels,
+                     c.act, pool ? one_sum(ws, c.y, k) : nullptr);
+    }
+  };
+  for (int i = 0; i < run.n; ++i) {
+    const int h = (run.t + i) % run.n;
+    const Share own = share(static_cast<int>(c.blocks.size()), h, run.n);
+    for (int b; (b = ws.claims[h].take()) < own.size();) run_block(c.blocks[own.begin + b]);
   }
 }
 
@@ -1340,13 +1402,10 @@ void Engine::finish(const Run &run, const Conv &c) const {
   const bool pool = values_[c.y].pooled, halves = values_[c.y].pairing != Pairing::kNone;
   const uint32_t *mask = buffers_[values_[c.y].buffer].mask.data();
   const Share mine = share_pairs(ws.n_only, run.t, run.n, [&](int i) { return ws.only[i] / 2; });
-  for (int i = 0; i < ws.n_only; ++i) {
+  for (int i = mine.begin; i < mine.end; ++i) {
     const int k = ws.only[i];
-    float *own = sum(ws, c.y, k, run.t);
-    if (pool) std::fill(own, own + kSumLanes, 0.0f);
-    if (i < mine.begin || i >= mine.end) continue;
     table_.eltwise(plane(ws, c.y, k), plane(ws, c.res, k), 1.0f, nullptr, mask, layout(c.y).pixels, c.act,
-                   pool ? own : nullptr);
+                   pool ? one_sum(ws, c.y, k) : nullptr);
     if (halves) table_.halve(half(ws, c.y, -1, k), plane(ws, c.y, k), layout(c.y).pixels);
   }
 }
@@ -1361,11 +1420,6 @@ void Engine::pool(const Run &run, const PoolOp &p, int op) const {
   const bool sums = values_[p.y].pooled, halves = values_[p.y].pairing != Pairing::kNone;
   if (halves) run.wait();  // which pairs there are
   const Share mine = share_pairs(a.n, run.t, run.n, [&](int i) { return a.list[i] / 2; });
-  if (sums)
-    for (int i = 0; i < a.n; ++i) {
-      float *s = sum(ws, p.y, a.list[i], run.t);
-      std::fill(s, s + kSumLanes, 0.0f);
-    }
   constexpr int kWide = 1024;
   // The outputs [first, last) whose window's element d lies inside the map.
   auto inside = [&](int d, int n_in, int n_out) {
@@ -1409,7 +1463,7 @@ void Engine::pool(const Run &run, const PoolOp &p, int op) const {
         for (int x = 0; x < out.width; ++x) row[x] /= float(rows * count(x, in.width));
       }
     }
-    if (sums) table_.eltwise(to, to, 1.0f, nullptr, mask, out.pixels, kNone, sum(ws, p.y, a.list[i], run.t));
+    if (sums) table_.eltwise(to, to, 1.0f, nullptr, mask, out.pixels, kNone, one_sum(ws, p.y, a.list[i]));
     if (halves) table_.halve(half(ws, p.y, i, a.list[i]), to, out.pixels);
   }
   watch.lap(kRest);
@@ -1419,15 +1473,11 @@ void Engine::mean(const Run &run, const MeanOp &m, int op) const {
   Watch watch(run, op);
   Workspace &ws = run.ws;
   const Active &a = ws.active[m.x];
-  for (int i = 0; i < a.n; ++i) {
-    float *s = sum(ws, m.y, a.list[i], run.t);
-    std::fill(s, s + kSumLanes, 0.0f);
-  }
   if (run.t == 0) {
     pooled(run, m.x, 0, a.n, ws.p.data());
     copy_active(ws, m.x, m.y);
     for (int i = 0; i < a.n; ++i) {
-      *plane(ws, m.y, a.list[i]) = *sum(ws, m.y, a.list[i], 0) = ws.p[i];
+      *plane(ws, m.y, a.list[i]) = *one_sum(ws, m.y, a.list[i]) = ws.p[i];
       if (values_[m.y].pairing != Pairing::kNone) table_.halve(half(ws, m.y, i, a.list[i]), plane(ws, m.y, a.list[i]), 1);
     }
     ws.macs[op] = 0;
@@ -1453,15 +1503,12 @@ void Engine::add(const Run &run, const AddOp &a, int op) const {
   const uint32_t *mask = buffers_[values_[a.y].buffer].mask.data();
   const Share mine = share_pairs(ws.n_rows, run.t, run.n, [&](int i) { return ws.rows[i] / 2; });
   const bool sums = values_[a.y].pooled;
-  for (int i = 0; i < ws.n_rows; ++i) {
+  for (int i = mine.begin; i < mine.end; ++i) {
     const int k = ws.rows[i];
-    float *s = sum(ws, a.y, k, run.t);
-    if (sums) std::fill(s, s + kSumLanes, 0.0f);
-    if (i < mine.begin || i >= mine.end) continue;
     const bool in_a = x.on[k], in_b = a.b >= 0 && ws.active[a.b].on[k];
     const float *first = plane(ws, in_a ? a.a : a.b, k);
     table_.eltwise(plane(ws, a.y, k), first, 1.0f, in_a && in_b ? plane(ws, a.b, k) : nullptr, mask, l.pixels, a.act,
-                   sums ? s : nullptr);
+                   sums ? one_sum(ws, a.y, k) : nullptr);
   }
   run.wait();
   if (run.t == 0) {
@@ -1510,12 +1557,9 @@ void Engine::se(const Run &run, const SqueezeExcite &s, int op) const {
   const Layout &l = layout(s.y);
   const uint32_t *mask = buffers_[values_[s.y].buffer].mask.data();
   const Share mine = share(a.n, run.t, run.n);
-  for (int i = 0; i < a.n; ++i) {
+  for (int i = mine.begin; i < mine.end; ++i) {
     const int k = a.list[i];
-    float *own = sum(ws, s.y, k, run.t);
-    std::fill(own, own + kSumLanes, 0.0f);
-    if (i >= mine.begin && i < mine.end)
-      table_.eltwise(plane(ws, s.y, k), plane(ws, s.x, k), ws.q[k], nullptr, mask, l.pixels, kNone, own);
+    table_.eltwise(plane(ws, s.y, k), plane(ws, s.x, k), ws.q[k], nullptr, mask, l.pixels, kNone, one_sum(ws, s.y, k));
   }
   run.wait();
   if (run.t == 0) copy_active(ws, s.x, s.y);

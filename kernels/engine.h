@@ -8,6 +8,8 @@
 //   value    one feature map in a buffer; values may share one in place (a residual stream)
 //   active   the channels of a value that are not zero, as a sorted list: all others hold no data and are not read
 #pragma once
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -63,6 +65,8 @@ struct Layout {
     return height == o.height && width == o.width && pitch == o.pitch && lead == o.lead && plane == o.plane;
   }
 };
+
+constexpr int kSlots = 8;  // of pooled sums, at least, with more than one thread
 
 struct Share {
   int begin, end;
@@ -196,11 +200,21 @@ struct Active {
 
 enum Part { kPredictor, kSelect, kWait, kConvolve, kRest, kParts };
 
+// A layer's work is cut into one share a thread, each into units. A thread takes the units of its own share one by one,
+// then what others have left of theirs: cores are not equally fast at all times (neighbours on a virtual machine,
+// efficiency cores), and a layer ends when its last unit does.
+struct alignas(64) Claim {
+  std::atomic<int> next{0};
+  int take() { return next.fetch_add(1, std::memory_order_relaxed); }
+};
+
 struct Workspace {
   Arena arena;
   std::vector<Floats> memory;  // by buffer
   std::vector<uint32_t *> words;  // by buffer: planes of pairs
-  std::vector<Floats> sums;    // by buffer: [threads][channels][kSumLanes]
+  std::vector<Floats> sums;    // by buffer: [slots][channels][kSumLanes]
+  std::vector<std::vector<int32_t>> slots;  // by buffer and channel: over how many of them its latest sums are spread
+  std::unique_ptr<Claim[]> claims;          // [threads]
   std::vector<Active> active;  // by value
   Floats staging, p, r, h, q, scale, shift, zeros;  // p, r, h: one for each thread
   std::vector<int32_t> keys, rows, xoff, woff, group_steps, group_rows, only;
@@ -297,9 +311,17 @@ class Engine {
   Half half(Workspace &ws, int value, int i, int c) const;  // of its i-th active channel, which is c
   void set_pairs(Workspace &ws, int value) const;
   void set_all(Workspace &ws, int value) const;  // all channels are active
-  float *sum(Workspace &ws, int value, int c, int t) const {
+  float *sum(Workspace &ws, int value, int c, int slot) const {
     const int b = values_[value].buffer;
-    return ws.sums[b].data() + (size_t(t) * buffers_[b].channels + c) * kSumLanes;
+    return ws.sums[b].data() + (size_t(slot) * buffers_[b].channels + c) * kSumLanes;
+  }
+  int32_t &slots(Workspace &ws, int value, int c) const { return ws.slots[values_[value].buffer][c]; }
+  // Sums of one channel that are all in the first slot, at 0: of a channel that one thread makes from end to end.
+  float *one_sum(Workspace &ws, int value, int c) const {
+    float *s = sum(ws, value, c, 0);
+    std::fill(s, s + kSumLanes, 0.0f);
+    slots(ws, value, c) = 1;
+    return s;
   }
   std::unique_ptr<Workspace> make_workspace() const;
   std::unique_ptr<Workspace> take();
@@ -312,7 +334,9 @@ class Engine {
   void choose(const Run &run, const Conv &c, int op) const;
   int64_t list_steps(Workspace &ws, const Conv &c, int n) const;
   void stage(const Run &run, const Conv &c) const;
+  struct Loops;
   void tiles(const Run &run, const Conv &c) const;
+  int sum_slots() const { return threads_ == 1 ? 1 : std::max(threads_, kSlots); }
   void set_lanes(Conv &c);
   void channel_tiles(const Run &run, const Conv &c) const;
   bool makes_weights(const Active &x) const;  // a few rows at a time, for each image

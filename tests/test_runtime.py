@@ -107,6 +107,18 @@ def test_a_variant_with_average_pooling() -> None:
         check(selective, torch.randn(1, 3, size, size))
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_bits_do_not_depend_on_which_thread_was_faster(family: nn.Module, precision: str) -> None:
+    """Threads do each other's units where they would wait; sums are kept by unit, so that this changes no rounding."""
+    selective = train_like(select(family), spread=0.3).eval()
+    x = torch.randn(1, 3, 75, 70).numpy()
+    for density, threads in ((1.0, 2), (0.7, 3)):  # three on two cores never run alike
+        set_density(selective, density)
+        executor = runtime.compile(selective, input_size=(75, 70), threads=threads, precision=precision)
+        first = executor(x)
+        assert all(np.array_equal(executor(x), first) for _ in range(12))
+
+
 def test_threads_of_python_share_one_executor(tiny_resnet: nn.Module) -> None:
     selective = train_like(select(tiny_resnet), spread=0.3).eval()
     set_density(selective, 0.4)

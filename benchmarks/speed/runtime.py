@@ -7,7 +7,8 @@
 Networks with random weights, of three kinds (networks.py): `settled`, today's default; `learned`, the same without
 predictors; and `choosing`, whose predictors choose differently for each image, at uniform densities; all at the ratio
 of counted MACs, predictors included.
-All runtimes take turns in one process: in each round each one runs once untimed and five times timed. Batch 1. A row's
+All runtimes take turns in one process: in each round each one runs once untimed and five times timed, with more than one
+thread after those of the runtime before have stopped spinning. Batch 1. A row's
 speed-up is that over the fastest dense peer of the same precision (ONNX Runtime is timed in float32 only). `--static`:
 also the choosing network with its selection frozen to the winners of one image and compacted. Needs
 `pip install -c constraints.txt onnx onnxscript onnxruntime openvino`; what is not installed is left out, and said.
@@ -36,6 +37,7 @@ import networks
 from afds.compaction import static
 from afds.cost import CostMeter
 from afds.hardware import _cpu_name
+from afds.measure import rest
 
 Runner = Callable[[np.ndarray], object]
 SHORT = {"float32": "f32", "bf16": "bf16"}
@@ -124,6 +126,8 @@ def compare(
         end = time.perf_counter() + args.seconds
         while time.perf_counter() < end:
             for name, run in found.items():
+                if threads > 1:
+                    rest()
                 run(x)
                 for _ in range(5):
                     start = time.perf_counter()

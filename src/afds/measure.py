@@ -248,7 +248,7 @@ def _setting(
     for _ in range(rounds):
         for key, call in calls.items():
             if threads > 1:
-                _rest()
+                rest()
             call()  # after a rest, or another network, the first is slower
             for _ in range(TURN):
                 begun = time.perf_counter()
@@ -262,7 +262,7 @@ def _setting(
     return rows
 
 
-def _rest() -> None:
+def rest() -> None:
     """Until no thread of this process spins any more, half a second at most.
 
     Why: the threads of ONNX Runtime go on spinning for 35 ms after a call, on cores that the next row is to have; rows
