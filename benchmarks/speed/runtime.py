@@ -7,9 +7,9 @@
 Networks with random weights, of three kinds (networks.py): `settled`, today's default; `learned`, the same without
 predictors; and `choosing`, whose predictors choose differently for each image, at uniform densities; all at the ratio
 of counted MACs, predictors included.
-All runtimes take turns in one process: in each round each one runs once untimed and five times timed, with more than one
-thread after those of the runtime before have stopped spinning. Batch 1. A row's
-speed-up is that over the fastest dense peer of the same precision (ONNX Runtime is timed in float32 only). `--static`:
+All runtimes take turns in one process: in each round each one runs once untimed and five times timed (with more than
+one thread after those of the runtime before have stopped spinning). Batch 1. A row's speed-up is that over the fastest
+dense peer of the same precision (ONNX Runtime is timed in float32 only). `--static`:
 also the choosing network with its selection frozen to the winners of one image and compacted. Needs
 `pip install -c constraints.txt onnx onnxscript onnxruntime openvino`; what is not installed is left out, and said.
 """
