@@ -74,6 +74,10 @@ constexpr float kFarPixels = 4.0f, kFarWeights = 16.0f;
 // Floats of weights that stay in the first cache beside what else is read.
 constexpr int kNear = 4096;
 
+// Floats of pixels that stay in the second cache while rows of weights pass by; the fewest steps that are worth bringing
+// the sums in and out once more.
+constexpr int kSecond = 64 * 1024, kFewestSteps = 256;
+
 // Of a layer whose channels are lanes: cycles to bring one output into its plane, and how much faster such a layer's
 // product has to look: on a Zen 3, 4 x 4 maps looked 1.46 times as fast and were level, 3 x 3 maps 1.65 times and were
 // faster.
@@ -1158,6 +1162,7 @@ struct Engine::Loops {
   Share rows;
   int unit, row_parts, px_parts, max_vecs;
   bool rows_outside;
+  int pieces;  // of the input channels, where rows are outside and all pixels do not stay in the second cache
 };
 
 void Engine::tiles(const Run &run, const Conv &c) const {
@@ -1211,12 +1216,17 @@ void Engine::tiles(const Run &run, const Conv &c) const {
   };
   auto loops_of = [&](int group, Share rows, int px) {
     const int steps = ws.group_steps[group + 1] - ws.group_steps[group], unit = unit_of(rows.size());
-    if (rows.size() == 0) return Loops{rows, unit, 0, 0, 1, true};
+    if (rows.size() == 0) return Loops{rows, unit, 0, 0, 1, true, 1};
     const Split split = best_split(table_, rows.size(), px, unit);
     // The operand that is read again and again should be the one that stays in the cache.
     const int64_t weights = int64_t(rows.size()) * steps, pixels = int64_t(steps) / c.taps * px * lanes;
-    return Loops{rows, unit, (rows.size() + split.rows - 1) / split.rows, (px + split.vecs - 1) / split.vecs, split.vecs,
-                 weights > pixels || made};
+    const bool rows_outside = weights > pixels || made;
+    const int row_parts = (rows.size() + split.rows - 1) / split.rows, px_parts = (px + split.vecs - 1) / split.vecs;
+    const int64_t all = pixels * (c.staged ? int64_t(c.phases.size()) : 1);
+    const bool may = !c.halves && !halves && rows_outside && row_parts > 4;  // of bf16 the planes are half as large
+    const int most = may ? steps / kFewestSteps : 1;
+    const int pieces = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>((all + kSecond - 1) / kSecond, most)));
+    return Loops{rows, unit, row_parts, px_parts, split.vecs, rows_outside, pieces};
   };
   // Units of a share: rows, groups or pixels that are done in one go. The same for all shares, so that sums, which are
   // kept apart where units share their rows, do not depend on who did what.
@@ -1226,7 +1236,7 @@ void Engine::tiles(const Run &run, const Conv &c) const {
   int units = 1;
   if (shares > 1) {
     if (c.groups > 1) units = joined ? 1 : kSlots;
-    else if (rows_outside) units = typical.row_parts;
+    else if (rows_outside) units = typical.pieces > 1 ? std::min(typical.row_parts, 4) : typical.row_parts;
     else units = std::min(first_px / typical.max_vecs, pool ? sum_slots() / (by_px ? shares : 1) : kSlots);
     units = std::max(units, 1);
   }
@@ -1255,14 +1265,21 @@ void Engine::tiles(const Run &run, const Conv &c) const {
   Tile tile{};
   tile.mask = mask;
   tile.upper = c.halves ? int64_t(c.taps) * tap_words(c, x) : 0;
-  tile.act = c.act;
   tile.fetch = fetch;
+  static constexpr float kZeros[kMaxRows] = {};
   // Parts [rp) of the rows and [pp) of the pixels of a group.
   auto run_group = [&](int g, Share px, const Loops &l, Share rp, Share pp, int slot) {
-    const int first = ws.group_steps[g];
-    tile.steps = ws.group_steps[g + 1] - first;
-    tile.xoff = ws.step_x + first;
-    tile.woff = ws.step_w + first;
+    const Steps piece_of(ws.group_steps[g + 1] - ws.group_steps[g], l.pieces, c.taps);
+    bool begins = true, ends = true;  // the sums; between their pieces they wait where the output will be
+    auto set_piece = [&](int i) {
+      const Share piece = piece_of[i];
+      const int first = ws.group_steps[g] + piece.begin;
+      begins = i == 0, ends = i == l.pieces - 1;
+      tile.steps = piece.size();
+      tile.xoff = ws.step_x + first;
+      tile.woff = ws.step_w + first;
+      tile.act = ends ? c.act : int(kNone);
+    };
     const Steps row_steps(l.rows.size(), std::max(1, l.row_parts), l.unit), px_steps(px.size(), std::max(1, l.px_parts));
     if (pool && rp.size())
       for (int i = l.rows.begin + row_steps[rp.begin].begin; i < l.rows.begin + row_steps[rp.end - 1].end; ++i) {
@@ -1280,20 +1297,24 @@ void Engine::tiles(const Run &run, const Conv &c) const {
       tile.out = floats ? ptr.out.data() + row : nullptr;
       tile.half = halves ? ptr.half.data() + row : nullptr;
       tile.whole = l.unit == 2;
-      tile.res = res ? ptr.res.data() + row : nullptr;
-      tile.sum = pool ? ptr.sum.data() + row : nullptr;
+      tile.res = !begins ? ptr.out.data() + row : res ? ptr.res.data() + row : nullptr;
+      tile.sum = pool && ends ? ptr.sum.data() + row : nullptr;
       tile.scale = ws.row_scale + row;
-      tile.shift = ws.row_shift + row;
+      tile.shift = begins ? ws.row_shift + row : kZeros;
       const int mode = c.taps == 1 ? (weights_new ? kFetchBoth : kFetchPixels) : weights_new ? kFetchWeights : kPlain;
       (c.halves ? pairs_->tile : table_.tile)[mode][r.size()][v.size()](tile);
     };
     if (l.rows_outside) {
-      for (int i = rp.begin; i < rp.end; ++i) {
-        const Share r = row_steps[i];
-        if (made) make_weights(run, c, l.rows.begin + r.begin, r.size(), own);
-        for (int j = pp.begin; j < pp.end; ++j) block(r, px_steps[j]);
+      for (int k = 0; k < l.pieces; ++k) {
+        set_piece(k);
+        for (int i = rp.begin; i < rp.end; ++i) {
+          const Share r = row_steps[i];
+          if (made) make_weights(run, c, l.rows.begin + r.begin, r.size(), own);
+          for (int j = pp.begin; j < pp.end; ++j) block(r, px_steps[j]);
+        }
       }
     } else {
+      set_piece(0);
       for (int j = pp.begin; j < pp.end; ++j)
         for (int i = rp.begin; i < rp.end; ++i) block(row_steps[i], px_steps[j]);
     }
@@ -1321,6 +1342,7 @@ void Engine::tiles(const Run &run, const Conv &c) const {
         begun = true;
         l = loops_of(0, rows_of(0, h), px.size());
         l.rows_outside = rows_outside;
+        if (!rows_outside) l.pieces = 1;
       }
       if (rows_outside) {
         // Rows that are not cut in pairs may share a word with those of the unit before: all in the first unit then.

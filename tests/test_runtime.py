@@ -71,6 +71,18 @@ def test_channels_are_lanes_on_small_maps(
     check(selective, x, threads=threads, isa=isa)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("isa", runtime.usable_isas() or ["auto"])
+def test_input_that_does_not_fit_a_cache_is_taken_in_pieces(stride: int, isa: str) -> None:
+    """More than 64 Ki floats of pixels, behind many rows of weights: sums wait in the output between the pieces."""
+    torch.manual_seed(0)
+    model = randomise_bn(Small(410, 75, 3, stride, 1, groups=1, residual=True), 0).eval()
+    selective = train_like(select(model).eval(), 0, spread=0.2)
+    set_density(selective, 0.9)
+    for threads in (1, 2):
+        check(selective, torch.randn(1, 3, 15 * stride, 15 * stride), threads=threads, isa=isa)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_every_family(family: nn.Module, threads: int) -> None:
     size = 48 if type(family).__name__ != "VGG" else 56
