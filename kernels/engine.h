@@ -16,47 +16,12 @@
 #include <string>
 #include <vector>
 
+#include "memory.h"
+#include "share.h"
 #include "table.h"
 #include "threads.h"
 
 namespace afds {
-
-class Floats {  // aligned to a cache line, zero at the start
- public:
-  Floats() = default;
-  explicit Floats(size_t n);
-  Floats(float *borrowed, size_t n) : data_(borrowed), size_(n), owned_(false) {}
-  Floats(Floats &&other) noexcept : data_(other.data_), size_(other.size_), owned_(other.owned_) {
-    other.data_ = nullptr, other.size_ = 0;
-  }
-  Floats &operator=(Floats &&other) noexcept;
-  ~Floats();
-  float *data() { return data_; }
-  const float *data() const { return data_; }
-  size_t size() const { return size_; }
-  float &operator[](size_t i) { return data_[i]; }
-  float operator[](size_t i) const { return data_[i]; }
-
- private:
-  float *data_ = nullptr;
-  size_t size_ = 0;
-  bool owned_ = true;
-};
-
-class Arena {  // memory in large pages: the weights of a network are far more than the TLB covers in small ones
- public:
-  ~Arena();
-  Floats keep(const Floats &from);  // a copy that lives as long as the arena
-  float *take(size_t n);            // zero at the start
-  size_t bytes() const { return bytes_; }
-
- private:
-  float *cut(size_t bytes);
-
-  std::vector<void *> chunks_;
-  char *at_ = nullptr;
-  size_t left_ = 0, bytes_ = 0;
-};
 
 struct Layout {
   int height = 0, width = 0, pitch = 0, lead = 0, plane = 0;  // in floats
@@ -67,11 +32,6 @@ struct Layout {
 };
 
 constexpr int kSlots = 8;  // of pooled sums, at least, with more than one thread
-
-struct Share {
-  int begin, end;
-  int size() const { return end - begin; }
-};
 
 struct Buffer {
   Layout layout;
@@ -382,7 +342,5 @@ class Engine {
   std::mutex mutex_;
   std::vector<std::unique_ptr<Workspace>> idle_;
 };
-
-std::vector<std::string> usable_tables(bool bf16);
 
 }  // namespace afds

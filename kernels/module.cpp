@@ -6,6 +6,7 @@
 
 #include <cstring>
 
+#include "dispatch.h"
 #include "engine.h"
 
 namespace nb = nanobind;
