@@ -120,7 +120,8 @@ def test_afds_goes_through_a_dense_base_and_keeps_its_classifier(digits: Path, f
     out = tmp_path / "afds"
     weights = tmp_path / "weights"
     fit(options(digits, weights, method="scratch+dense", budget=""), quiet=True)
-    result = fit(options(digits, out, method="afds", source=str(weights), budget="2x"), quiet=True)
+    few = DescentConfig(images=8, reconstruct=32, trials=2)
+    result = fit(options(digits, out, method="afds", source=str(weights), budget="2x", descent=few), quiet=True)
     assert not (out / "base").exists()  # the source knows these very classes: it is the base
     assert result.cost.ratio >= 2
     assert {"ce", "afd", "kd", "hints", "entropy"} <= set(lines(out, "step")[0])
@@ -132,7 +133,8 @@ def test_afds_goes_through_a_dense_base_and_keeps_its_classifier(digits: Path, f
         assert all(after <= before + 1e-3 for before, after in stage["unexplained"].values())
 
     other = write_digits(tmp_path / "digits-3-5", range(3, 6), per_class=10, test_per_class=5)
-    transfer = options(other, tmp_path / "transfer", method="afds", source=str(weights), budget="2x", base_epochs=2)
+    transfer = options(other, tmp_path / "transfer", method="afds", source=str(weights), budget="2x", base_epochs=2,
+                       descent=DescentConfig(images=8, reconstruct=16, trials=2))  # fmt: skip
     fit(transfer, quiet=True)
     assert is_run(tmp_path / "transfer/base")
     assert load_run(tmp_path / "transfer/base").selection is None

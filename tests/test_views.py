@@ -17,17 +17,28 @@ from PIL import Image
 
 from afds import fitting
 from afds.artifact import load_run
-from afds.config import DataConfig, DescentConfig, FitConfig, LatencyConfig, OptimConfig
+from afds.config import (
+    DataConfig,
+    DescentConfig,
+    FitConfig,
+    LatencyConfig,
+    OptimConfig,
+    RecoveryConfig,
+    resolve_method,
+)
 from afds.cost import measure_cost
 from afds.data import Augment, Preprocess, TwoViews, train_transform, write_digits
 from afds.distillation import FrozenNetwork
 from afds.errors import ConfigError
 from afds.evaluation import evaluate_folder
 from afds.files import read_json
-from afds.fitting import fit
+from afds.fitting import fit, read_photos
+from afds.hardware import make_fabric
 from afds.measure import measure_run
 from afds.mixing import mix
+from afds.progress import Progress
 from afds.runtime import is_built
+from afds.setup import Setup
 from afds.views import SHRINKS_FROM, averaged, side_for, views_of
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}'
@@ -146,6 +157,37 @@ def test_the_record_has_the_side_that_the_rule_chose(place: Path, monkeypatch: p
     record = read_json(place / "ruled/config.json")
     assert record["config"]["descent"]["input_size"] == record["resolved"]["input_size"] == 28
     assert record["resolved"]["taught_at"] == 32
+
+
+def test_the_refit_sees_crops_in_the_network_s_size_the_same_whenever_asked(place: Path) -> None:
+    descent = DescentConfig(images=8, reconstruct=100, multiple_of=2, input_size=24)
+    config = resolve_method(options(place, place / "crops", source=str(place / "dense"), descent=descent))
+    splits, _ = read_photos(config, Progress(quiet=True))
+    setup = Setup(config, splits, make_fabric(config.hardware))
+    assert setup.plan.refit_on is not None
+    before = torch.get_rng_state()
+    crops = torch.cat(list(setup.plan.refit_on()))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.cat(list(setup.plan.refit_on())), crops)
+    assert crops.shape == (100, 3, 24, 24)
+    assert len(torch.unique(crops.flatten(1), dim=0)) == 100  # 48 photos: other crops when their turn comes again
+    each, more = 8 * len(splits.train), dataclasses.replace(descent, reconstruct=10_000)
+    setup = Setup(dataclasses.replace(config, descent=more), splits, make_fabric(config.hardware))
+    assert setup.plan.refit_on is not None
+    assert sum(map(len, setup.plan.refit_on())) == each
+
+
+@pytest.mark.parametrize("colour", [0.0, 0.9])
+def test_colours_vary_after_settling_and_the_same_for_both_networks(place: Path, colour: float) -> None:
+    changes = {"source": str(place / "dense"), "recovery": RecoveryConfig(colour=colour)}
+    config = resolve_method(options(place, place / "colours", **changes))
+    splits, _ = read_photos(config, Progress(quiet=True))
+    apart = []
+    for large_BCHW, small_BCHW in (x for x, _ in Setup(config, splits, make_fabric(config.hardware)).plan.train_loader):
+        apart += [abs((a.mean() - b.mean()).item()) for a, b in zip(large_BCHW, small_BCHW, strict=True)]
+        brightest = large_BCHW.amax((1, 2, 3))
+    assert max(apart) < 0.2
+    assert (float(brightest.std()) > 0.1) == (colour > 0)  # a digit's ink is white, until its brightness varies
 
 
 def test_each_network_is_timed_on_images_of_its_own(place: Path) -> None:

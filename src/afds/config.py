@@ -169,9 +169,10 @@ class DescentConfig:
     """Per stage, this share of a layer's kept channels, those of the smallest mean pi, is pruned for good."""
     floor: float = 0.4
     """With `importance`: no layer falls below this share of the uniform density."""
-    reconstruct: int = 1536
-    """Training images on which the convolutions are refitted by least squares to the fine-tuned dense network's,
-    after settling or after each stage of the fall (ours, method afds; fewer where memory is short). 0: not."""
+    reconstruct: int = 4096
+    """Crops of training images on which the convolutions are refitted by least squares to the fine-tuned dense
+    network's, after settling or after each stage of the fall (ours, method afds; at most 8 of each image, fewer where
+    memory is short). 0: not."""
     ridge: float = 0.1
     """How strongly that refit holds the weights where they were, as a share of its inputs' power."""
     lr: float = 1.0
@@ -269,7 +270,7 @@ class RecoveryConfig:
 
     optimizer: Literal["sgd", "adamw"] = "adamw"
     """`adamw` keeps what the refit has saved; sgd destroys much of it in its first steps."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Peak learning rate."""
     weight_decay: float = 0.02
     """Weight decay."""
@@ -279,10 +280,14 @@ class RecoveryConfig:
     """Share of the steps whose images are mixed."""
     cutmix: float = 0.0
     """Of those steps, the share that pastes a rectangle instead of blending."""
+    colour: float = 0.4
+    """Strength of the jitter of brightness, contrast and saturation, from 0 (none) to 1; the dense network that is
+    learned from sees the same colours."""
     hints: float = 10.0
     """Weight of matching the output of every residual block with the fine-tuned dense network's."""
 
     def __post_init__(self) -> None:
+        _require(0 <= self.colour <= 1, "recovery.colour", self.colour, "from 0 to 1")
         _require(0 < self.lr < 100, "recovery.lr", self.lr, "above 0")
         _require(self.weight_decay >= 0, "recovery.weight-decay", self.weight_decay, "0 or more")
         _require(0 <= self.mixup <= 10, "recovery.mixup", self.mixup, "from 0 to 10")

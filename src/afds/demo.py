@@ -29,7 +29,7 @@ ROWS = (("scratch", "scratch", "1x"), ("plain fine-tuning", "l2+dense", "1x"),
 
 # Sixty steps in all: AdamW at its default rate, made for thousands of them, hardly moves. Chosen on another draw of the
 # digits: 87.5 % at 5x (four seeds) against 80.5 % of the default (docs/accuracy.md).
-RECOVERY = RecoveryConfig(optimizer="sgd", lr=0.05, weight_decay=5e-4, mixup=0.0, hints=1.0)
+RECOVERY = RecoveryConfig(optimizer="sgd", lr=0.05, weight_decay=5e-4, mixup=0.0, colour=0.0, hints=1.0)
 
 
 @dataclass(frozen=True)

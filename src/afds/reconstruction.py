@@ -10,7 +10,8 @@
     W = W0 + (X'X/n + r mean(diag X'X/n) I)^-1  X'(Z - X W0)/n      X, Z centred: batch norm takes the mean
 
 Layer after layer in the order in which they run, each on the activations that the layers before it now give: the
-channels that remain learn to say what the missing ones said. Closed form, training images, no labels, no gradient.
+channels that remain learn to say what the missing ones said. Closed form, crops of training images, no labels,
+no gradient.
 He et al., *Channel Pruning for Accelerating Very Deep Neural Networks*, ICCV 2017; Luo et al., *ThiNet*, ICCV 2017.
 Ours: on gated inputs, whose zeros differ from image to image; and what writes into a residual sum aims at the sum,
 so that it makes up for what the other branch has lost. Why: one pass of it gives back more than epochs of SGD do

@@ -35,6 +35,7 @@ from afds.data import (
     make_loader,
     train_transform,
 )  # fmt: skip
+from afds.data.loader import Ticket
 from afds.distillation import AttentiveDistillation, FrozenNetwork, feature_sizes
 from afds.errors import BudgetError, ConfigError
 from afds.graph import convbn_units, residual_blocks, stage_ends, unit_roles
@@ -63,6 +64,9 @@ from afds.views import SHRINKS_FROM, side_for
 DENSE = 60_000, 12, 60
 SETTLED = 120_000, 24, 120
 NARROW = 300_000, 24, 240  # from the ratio on from which images are smaller too
+
+CROPS_EACH = 8  # of a photo at most, for the refit: more say little that is new
+CROPS_BYTES = 768 * 2**20  # of all crops; feature maps, which take more, are cut short by `reconstruction.MEMORY`
 
 
 def default_epochs(images: int, ratio: float = 1.0) -> int:
@@ -156,7 +160,8 @@ class Setup:
         task.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
         o, d = config.optim, config.data_options
-        augment = Augment(crop=d.crop, scale=(d.scale, 1.0), flip=d.flip)
+        augment = Augment(crop=d.crop, scale=(d.scale, 1.0), flip=d.flip,
+                          colour=config.recovery.colour if settles else 0.0)  # fmt: skip
         train_set = ImageDataset(splits.train, self._views(augment), cache=d.cache)
         loader = make_loader(train_set, batch_size=o.batch_size, shuffle=True, seed=config.seed, workers=d.workers,
                              drop_last=True)  # fmt: skip
@@ -171,7 +176,7 @@ class Setup:
             teaches_logits=self.is_base or transfer == "kd",
             descent=plan_descent(total_steps, config.descent, self.ratio, settles=settles) if selects else None,
             reference=reference, held=tuple(self._images(splits.val, 4 * config.descent.images)) if settles else (),
-            refit_on=tuple(self._images(splits.train, config.descent.reconstruct)) if refits else (),
+            refit_on=self._crops if refits else None,
             pruning=self._pruning(compression, size, total_steps), reference_macs=self.reference_macs,
             ms=parse_budget(config.budget).ms, stopwatch=self.stopwatch,
         )  # fmt: skip
@@ -403,6 +408,24 @@ class Setup:
 
     def _images(self, items: Sequence[Item], count: int) -> list[Tensor]:
         return [x_BCHW for x_BCHW, _ in self._labelled(items, count)]
+
+    def _crops(self) -> list[Tensor]:
+        """Training crops in the network's size to refit on, in batches on the device: the same whenever asked.
+
+        Photo after photo, again from the first with other crops, up to `CROPS_EACH` of each and `CROPS_BYTES` in all.
+        """
+        c, items, side = self.config, self.splits.train, self.preprocess.input_size
+        d = c.data_options
+        count = min(c.descent.reconstruct, CROPS_EACH * len(items), max(64, CROPS_BYTES // (12 * side * side)))
+        augment = Augment(crop=d.crop, scale=(d.scale, 1.0), flip=d.flip)
+        dataset = ImageDataset(items, train_transform(self.preprocess, augment), cache=d.cache)
+        tickets: list[Ticket] = []
+        for again in range(-(-count // len(items))):
+            order = torch.randperm(len(items), generator=torch.Generator().manual_seed(again)).tolist()
+            tickets += [Ticket(position, again, c.seed) for position in order]
+        with torch.random.fork_rng(devices=[]):
+            crops = [dataset[ticket][0] for ticket in tickets[:count]]
+        return [torch.stack(crops[i : i + 64]).to(self.fabric.device) for i in range(0, count, 64)]
 
     @staticmethod
     def _heads(network: nn.Module) -> tuple[str, ...]:

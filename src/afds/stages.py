@@ -98,14 +98,15 @@ def settle_winners(
     started = time.perf_counter()
     progress({"settling": 0, "of": d.trials})
     network.eval()
-    refit = Reconstruction(plan.reference, plan.refit_on) if plan.reference is not None and plan.refit_on else None
+    crops = plan.refit_on() if plan.reference is not None and plan.refit_on is not None else []
+    refit = Reconstruction(plan.reference, crops) if plan.reference is not None and crops else None
     importance = estimate(network, plan.labelled)
     tied = tied_units(network)
 
     def place(model: nn.Module, density: dict[str, float]) -> None:
         choose(model, density, importance.taylor, tied, multiple_of=d.multiple_of)
 
-    allocation = _allocation(plan, state, importance, refit, place, tied, record, progress)
+    allocation = _allocation(plan, state, importance, crops if refit is not None else [], place, tied, record, progress)
     if plan.ms is not None and plan.stopwatch is not None:
         alone = fabric.is_global_zero  # rank 0 alone holds the stopwatch
         t = solve_latency(network, allocation, plan.ms, plan.stopwatch, place=place) if alone else 0.0
@@ -130,7 +131,7 @@ def settle_winners(
 
 
 def _allocation(
-    plan: Plan, state: State, importance: Importance, refit: Reconstruction | None,
+    plan: Plan, state: State, importance: Importance, crops: Sequence[Tensor],
     place: Place, tied: Sequence[tuple[str, ...]], record: Record, progress: Tell,
 ) -> Allocation:  # fmt: skip
     """The path of densities along which the network settles."""
@@ -139,10 +140,10 @@ def _allocation(
         return choose_allocation(network, plan.config, importance, plan.probe)
     layers = balancing.layers_of(network, tied)
     stages = 1 + max(stage for stage, _ in layers.values())
-    if refit is None or plan.reference is None:
+    if not crops or plan.reference is None:
         return balancing.allocation(balancing.start(stages), layers)
     dense = [plan.teacher(x_BCHW)[0] for x_BCHW in plan.held]
-    quick = Reconstruction(plan.reference, [x_BCHW[::TRIED] for x_BCHW in plan.refit_on], rows=ROWS // 2)
+    quick = Reconstruction(plan.reference, [x_BCHW[::TRIED] for x_BCHW in crops], rows=ROWS // 2)
     trial = balancing.Trial(network, quick, plan.held, dense, d.ridge)
 
     def judge(exponents: balancing.Exponents) -> float:
@@ -169,9 +170,9 @@ def _allocation(
 
 def _reconstruct(plan: Plan, state: State) -> dict[str, tuple[float, float]]:
     """Refit the network that has just lost channels; the momentum belonged to the weights before."""
-    if plan.reference is None or not plan.refit_on:
+    if plan.reference is None or plan.refit_on is None:
         return {}
-    left = Reconstruction(plan.reference, plan.refit_on)(state.task.network, ridge=plan.config.descent.ridge)
+    left = Reconstruction(plan.reference, plan.refit_on())(state.task.network, ridge=plan.config.descent.ridge)
     for moments in state.optimizer.state.values():
         for value in moments.values():
             if isinstance(value, Tensor) and value.dim():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class Plan:
     teaches_logits: bool  # the teacher knows the target's classes
     descent: Descent | None
     reference: nn.Module | None = None  # the network at d = 1, that stages are refitted to
-    refit_on: tuple[Tensor, ...] = ()  # training images
+    refit_on: Callable[[], Sequence[Tensor]] | None = None  # crops of training images
     held: tuple[Tensor, ...] = ()  # validation images on which cuts are compared
     pruning: Pruning | None = None
     reference_macs: float = 0.0  # of the network that the budget is stated against, where it is not this one
