@@ -282,7 +282,7 @@ class RecoveryConfig:
     """Of those steps, the share that pastes a rectangle instead of blending."""
     colour: float = 0.4
     """Strength of the jitter of brightness, contrast and saturation, from 0 (none) to 1; the dense network that is
-    learned from sees the same colours."""
+    learned from sees the same colours. 0 where a change of colour changes the class."""
     hints: float = 10.0
     """Weight of matching the output of every residual block with the fine-tuned dense network's."""
 

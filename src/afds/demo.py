@@ -34,7 +34,7 @@ RECOVERY = RecoveryConfig(optimizer="sgd", lr=0.05, weight_decay=5e-4, mixup=0.0
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Run the main job on scikit-learn's handwritten digits: about three minutes on two cores."""
+    """Run the main job on scikit-learn's handwritten digits: about four minutes on two cores."""
 
     out: Path = Path("afds-demo")
     """Folder for the images and the runs."""

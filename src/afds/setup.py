@@ -65,7 +65,7 @@ DENSE = 60_000, 12, 60
 SETTLED = 120_000, 24, 120
 NARROW = 300_000, 24, 240  # from the ratio on from which images are smaller too
 
-CROPS_EACH = 8  # of a photo at most, for the refit: more say little that is new
+CROPS_EACH = 8  # of a photo at most, for the refit, so that few photos do not take minutes; not tuned
 CROPS_BYTES = 768 * 2**20  # of all crops; feature maps, which take more, are cut short by `reconstruction.MEMORY`
 
 

@@ -106,7 +106,7 @@ def settle_winners(
     def place(model: nn.Module, density: dict[str, float]) -> None:
         choose(model, density, importance.taylor, tied, multiple_of=d.multiple_of)
 
-    allocation = _allocation(plan, state, importance, crops if refit is not None else [], place, tied, record, progress)
+    allocation = _allocation(plan, state, importance, crops, place, tied, record, progress)
     if plan.ms is not None and plan.stopwatch is not None:
         alone = fabric.is_global_zero  # rank 0 alone holds the stopwatch
         t = solve_latency(network, allocation, plan.ms, plan.stopwatch, place=place) if alone else 0.0
