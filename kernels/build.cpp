@@ -110,7 +110,9 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
   if (c.res >= 0) {
     const Value &res = values_[check_value(c.res)];
     check(res.channels == c.out && layout(c.res) == out, c.name + ": residual");
-    check(res.floats && y.floats && y.pairing != Pairing::kFree, c.name + ": a residual that is not in float32");
+    const bool read = res.floats || (c.halves && res.pairing == Pairing::kNumbers);
+    const bool kept = y.pairing == Pairing::kNumbers || (y.floats && y.pairing == Pairing::kNone);
+    check(read && kept, c.name + ": a residual neither in float32 nor in pairs of fixed channels");
     check(res.pairing != Pairing::kNone || y.pairing == Pairing::kNone || !untouched(c), c.name + ": residual's pairs");
   }
   if (c.halves) {
@@ -272,7 +274,8 @@ void Engine::set_lanes(Conv &c) {
 // Whether channels that only the residual branch brings are what they were, in the memory where they are.
 bool Engine::untouched(const Conv &c) const {
   const bool in_place = values_[c.res].buffer == values_[c.y].buffer;
-  return in_place && (c.act == kNone || (c.act == kRelu && c.res_nonnegative));
+  const bool same_form = values_[c.res].floats || !values_[c.y].floats;
+  return in_place && same_form && (c.act == kNone || (c.act == kRelu && c.res_nonnegative));
 }
 
 void Engine::check_floats(int x, int y, const std::string &name) const {

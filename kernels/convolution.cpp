@@ -320,7 +320,7 @@ void Engine::tiles(const Run &run, const Conv &c) const {
       // Cut by pixels each thread reads all weights; cut by rows it reads all pixels, which another thread has just
       // written and holds in its cache, and leaves the next layer its own in the same way.
       const float steps = float(ws.group_steps[c.groups]) / c.groups, far = float(run.n - 1) / run.n;
-      const float channels = steps / c.taps * c.groups + ws.n_rows * (c.res >= 0 ? 2 : 1);
+      const float channels = steps / c.taps * c.groups + ws.n_rows * (c.res >= 0 ? 2 : 1) * (floats ? 1.0f : 0.5f);
       const float pixel_lines = channels * vecs * lanes / kRound, weight_lines = steps * ws.n_rows / kRound;
       auto cost = [&](int rows, int vecs) { return steps * best_split(table_, rows, vecs, unit_of(rows)).cost; };
       const float cut_px = cost(rows, (vecs + run.n - 1) / run.n) + far * kFarWeights * weight_lines;
@@ -335,6 +335,7 @@ void Engine::tiles(const Run &run, const Conv &c) const {
   const uint32_t *mask = buffers_[values_[c.y].buffer].mask.data();
   const size_t row_floats = size_t(c.in / c.groups) * c.taps;
   const Active *res = c.res >= 0 ? &ws.active[c.res] : nullptr;
+  const bool res_floats = res && values_[c.res].floats;
   const bool made = c.halves && makes_weights(x);
 
   auto pair = [&](int i) { return y.by_list ? i / 2 : ws.row[i] / 2; };
@@ -377,6 +378,7 @@ void Engine::tiles(const Run &run, const Conv &c) const {
   }
 
   Workspace::Pointers &ptr = ws.pointers[run.t];
+  const Half no_half{reinterpret_cast<uint32_t *>(ws.zeros.data()), 0, 0};
   auto weights_of = [&](int k) {
     return c.halves ? reinterpret_cast<const float *>(c.halves + size_t(k) * c.taps * c.columns)
                     : c.weight.data() + size_t(k) * row_floats;
@@ -387,7 +389,8 @@ void Engine::tiles(const Run &run, const Conv &c) const {
       ptr.w[i] = weights_of(k);
       if (floats) ptr.out[i] = plane(ws, c.y, k);
       if (halves) ptr.half[i] = half(ws, c.y, i, k);
-      if (res) ptr.res[i] = res->on[k] ? plane(ws, c.res, k) : ws.zeros.data();
+      if (res_floats) ptr.res[i] = res->on[k] ? plane(ws, c.res, k) : ws.zeros.data();
+      else if (res) ptr.res_half[i] = res->on[k] ? half(ws, c.res, i, k) : no_half;
     }
     for (int i = rows.end; i < rows.end + kMaxRows && rows.size(); ++i)  // asked for ahead, as rows are
       ptr.w[i] = ptr.w[rows.end - 1];
@@ -428,7 +431,8 @@ void Engine::tiles(const Run &run, const Conv &c) const {
       tile.out = floats ? ptr.out.data() + row : nullptr;
       tile.half = halves ? ptr.half.data() + row : nullptr;
       tile.whole = l.unit == 2;
-      tile.res = !begins ? ptr.out.data() + row : res ? ptr.res.data() + row : nullptr;
+      tile.res = !begins ? ptr.out.data() + row : res_floats ? ptr.res.data() + row : nullptr;
+      tile.res_half = res && !res_floats ? ptr.res_half.data() + row : nullptr;
       tile.sum = pool && ends ? ptr.sum.data() + row : nullptr;
       tile.scale = ws.row_scale + row;
       tile.shift = begins ? ws.row_shift + row : kZeros;
@@ -547,19 +551,32 @@ void Engine::channel_tiles(const Run &run, const Conv &c) const {
   }
 }
 
+static void floats_of(const Half &from, float *to, int n) {
+  for (int i = 0; i < n; ++i) {
+    const uint32_t bits = (from.words[i] << (16 - from.shift)) & 0xffff0000u;
+    std::memcpy(to + i, &bits, sizeof bits);
+  }
+}
+
 // Channels that only the residual branch brings.
 void Engine::finish(const Run &run, const Conv &c) const {
   if (c.res < 0) return;
   Workspace &ws = run.ws;
   if (untouched(c)) return;
-  const bool pool = values_[c.y].pooled, halves = values_[c.y].pairing != Pairing::kNone;
-  const uint32_t *mask = buffers_[values_[c.y].buffer].mask.data();
+  const Value &res = values_[c.res], &y = values_[c.y];
+  const bool halves = y.pairing != Pairing::kNone;
+  const uint32_t *mask = buffers_[y.buffer].mask.data();
+  const int pixels = layout(c.y).pixels;
+  float *line = ws.pointers[run.t].line.data();
   const Share mine = share_pairs(ws.n_only, run.t, run.n, [&](int i) { return ws.only[i] / 2; });
   for (int i = mine.begin; i < mine.end; ++i) {
     const int k = ws.only[i];
-    table_.eltwise(plane(ws, c.y, k), plane(ws, c.res, k), 1.0f, nullptr, mask, layout(c.y).pixels, c.act,
-                   pool ? one_sum(ws, c.y, k) : nullptr);
-    if (halves) table_.halve(half(ws, c.y, -1, k), plane(ws, c.y, k), layout(c.y).pixels);
+    const float *from = line;
+    if (res.floats) from = plane(ws, c.res, k);
+    else floats_of(half(ws, c.res, i, k), line, pixels);
+    float *to = y.floats ? plane(ws, c.y, k) : line;
+    table_.eltwise(to, from, 1.0f, nullptr, mask, pixels, c.act, y.pooled ? one_sum(ws, c.y, k) : nullptr);
+    if (halves) table_.halve(half(ws, c.y, i, k), to, pixels);
   }
 }
 

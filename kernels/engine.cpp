@@ -50,6 +50,8 @@ std::unique_ptr<Workspace> Engine::make_workspace() const {
     p.out.assign(widest_, nullptr);
     p.sum.assign(widest_, nullptr);
     p.half.assign(widest_, Half{});
+    p.res_half.assign(widest_, Half{});
+    if (pairs_) p.line = Floats(longest_ + kSlack);
     p.picked.assign(picked_, 0);
     p.wide = Floats(wide_);
     p.transposed = Floats(transposed_);

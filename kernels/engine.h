@@ -182,7 +182,8 @@ struct Workspace {
   struct Pointers {  // of one thread, by row
     std::vector<const float *> w, res;
     std::vector<float *> out, sum;
-    std::vector<Half> half;
+    std::vector<Half> half, res_half;
+    Floats line;                   // one plane on its way between floats and halves
     std::vector<uint16_t> picked;  // weights of active inputs of the rows of one tile
     Floats transposed;             // [pixel][channel] of a layer whose channels are lanes
     Floats wide;                   // all weights of these rows as floats, for products that do not read pairs

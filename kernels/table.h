@@ -43,6 +43,7 @@ struct Tile {
   const Half *half;          // [rows] or null: the same, rounded to bf16, as halves of pairs
   bool whole;                // rows 0 and 1, 2 and 3, ... are the two halves of a word each: rows is even
   const float *const *res;   // [rows] or null
+  const Half *res_half;      // [rows] or null: the same in halves of pairs, for products of pairs
   const uint32_t *mask;      // all ones where a pixel is, zero on padding
   float *const *sum;         // [rows] of kSumLanes running sums of what is stored, or null
   const float *const *fetch; // [8] rows of weights that are read next, asked for ahead of time

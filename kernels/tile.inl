@@ -143,6 +143,11 @@ inline __attribute__((always_inline)) void store_half(uint32_t *to, vf v, uint32
   *reinterpret_cast<vuu *>(to) = (nearest(v) << shift) | (*reinterpret_cast<const vuu *>(to) & keep);
 }
 
+// One half of each word; shift: 16 for the lower one, 0 for the upper one.
+inline __attribute__((always_inline)) vf half_of(const uint32_t *from, int shift) {
+  return reinterpret_cast<vf>((*reinterpret_cast<const vuu *>(from) << shift) & 0xffff0000u);
+}
+
 // Both halves of a word at once: nothing has to be read.
 inline __attribute__((always_inline)) void store_pair(uint32_t *to, vf lower, vf upper) {
 #ifdef AFDS_DOT
@@ -234,6 +239,14 @@ void tile(const Tile &a) {
 #pragma GCC unroll 16
       for (int v = 0; v < V; v += 16 / L) __builtin_prefetch(a.out[r] + a.at + v * L, 1);
   }
+  if (kPixels && KIND == kPairs && a.half) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      if (r % 2 && a.whole) continue;
+#pragma GCC unroll 16
+      for (int v = 0; v < V; v += 16 / L) __builtin_prefetch(a.half[r].words + a.at + v * L, 1);
+    }
+  }
   for (int32_t s = 0, n = a.steps; s < n; ++s) {
     const float *xs = x + xoff[s];
     const int64_t at = woff[s];
@@ -258,6 +271,12 @@ void tile(const Tile &a) {
       const float *res = a.res[r] + a.at;
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) acc[r][v] += load(res + v * L);
+    }
+    if (KIND == kPairs && a.res_half) {
+      const uint32_t *res = a.res_half[r].words + a.at;
+      const int shift = 16 - a.res_half[r].shift;
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[r][v] += half_of(res + v * L, shift);
     }
     if (act == kRelu) {
 #pragma GCC unroll 16

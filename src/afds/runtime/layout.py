@@ -11,8 +11,8 @@ between rows are the padding of both their neighbours. Features that ops read an
 Features live in buffers; a buffer is used again once its feature is dead, only by features of the same layout, so
 that the zeros around the rows are written once, at the start.
 
-For products in bf16 a feature is kept as pairs of channels where a convolution reads it so, and in float32 where
-anything else does: the residual stream is rounded only on its way into a product.
+For products in bf16 a feature is kept as pairs of channels where such a product reads it or adds it to its sums, and
+in float32 where anything else reads it: so the residual stream is bf16 too, a third of the bytes of having both.
 """
 
 from __future__ import annotations
@@ -143,7 +143,11 @@ def _forms(program: Program, shared: dict[int, int]) -> tuple[list[bool], list[s
                 floats[value] = True
             continue
         if op["residual"] >= 0:
-            floats[op["residual"]] = floats[op["y"]] = True
+            for value in (op["residual"], op["y"]):
+                if "halves" in op:
+                    pairs[value] = "numbers"
+                else:
+                    floats[value] = True
         if "halves" in op:
             pairs[op["x"]] = max(pairs[op["x"]], "free" if op["groups"] == 1 else "numbers", key=PAIRS.index)
         else:
