@@ -121,7 +121,7 @@ def test_every_family(family: nn.Module, threads: int, isa: str) -> None:
 @pytest.mark.parametrize("density", [1.0, 0.4])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_stream_that_a_pool_reads_too(threads: int, density: float) -> None:
-    """ResNet-D: the stream is kept in float32 too where a stage ends; channels that only the residual has move there."""
+    """ResNet-D: where a stage ends the stream is float32 too; channels that only the residual has move there."""
     torch.manual_seed(0)
     model = timm.create_model("resnet26d", num_classes=5, layers=(2, 2, 1, 1), channels=(4, 4, 8, 8))
     selective = train_like(select(randomise_bn(model)), spread=0.3).eval()
