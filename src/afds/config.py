@@ -145,6 +145,9 @@ class DescentConfig:
     layers inside of blocks less (ours). `importance`: the last channel kept in each layer is worth
     about the same per MAC (ours). `refit`: what the refitted network is nearest to the dense one with (ours; with
     settling, otherwise as `importance`)."""
+    worth: Literal["elimination", "taylor"] = "elimination"
+    """Which channels settling keeps. `elimination`: those that the others, refitted, could least stand in for (ours;
+    with a refit, otherwise as `taylor`). `taylor`: those of the largest Taylor estimate."""
     trials: int = 12
     """With `refit`: how many ways of sharing out the densities are tried."""
     multiple_of: int = 8

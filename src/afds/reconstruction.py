@@ -190,7 +190,7 @@ def _read(
     return wanted
 
 
-def _patches(conv: nn.Conv2d, x_BCHW: Tensor, at_P: Tensor) -> Iterator[Tensor]:
+def patches(conv: nn.Conv2d, x_BCHW: Tensor, at_P: Tensor) -> Iterator[Tensor]:
     """For each of the P places what the convolution sees there: (B, C kh kw)."""
     (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
     ph, pw = conv.padding if not isinstance(conv.padding, str) else (0, 0)
@@ -211,7 +211,7 @@ def _refit(
     wins_C = (pi_BC != 0).sum(0)
     mean_pi_C = pi_BC.sum(0) / wins_C.clamp_min(1)
     used = (wins_C > 0) & (mean_pi_C.abs() > 1e-3)
-    x_ND = torch.cat([torch.stack(list(_patches(conv, x_BCHW, at_P)), 1).flatten(0, 1) for x_BCHW in inputs])
+    x_ND = torch.cat([torch.stack(list(patches(conv, x_BCHW, at_P)), 1).flatten(0, 1) for x_BCHW in inputs])
     alive = (x_ND != 0).any(0)
     if not bool(used.any()) or not bool(alive.any()):
         return 1.0, 1.0

@@ -2,8 +2,9 @@
 
 ::
 
-    at d = 1, training images      v_l[c] = E[ (sum_hw dL/dF_l[c] F_l[c])^2 ]        Taylor, importance.py
-    units that write one stream    v[c]   = sum of their v_l[c]: they keep the same channels
+    at d = 1, training images      v[c]: the place of channel c in the order in which channels can go, elimination.py
+    units that write one stream    have one v: they keep the same channels
+                                   (`--descent.worth taylor`: v_l[c] = E[ (sum_hw dL/dF_l[c] F_l[c])^2 ], summed)
     densities                      the k largest v win, m of all others is 0
     compaction                     the losers leave the tensors: convolutions, norms, predictors' rows and columns
 

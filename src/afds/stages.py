@@ -3,7 +3,7 @@
 ::
 
     descend           masks, importance, densities of the next stage, [refit]      selection stays open
-    settle_winners    importance, densities, winners for good, cut, refit          once, before the first step
+    settle_winners    worth of channels, densities, winners for good, cut, refit   once, before the first step
     cut_channels      torch-pruning's next stage                                   slimming, l1
 """
 
@@ -22,6 +22,7 @@ from afds import balance as balancing
 from afds.compression.pruning import cut_to
 from afds.config import FitConfig
 from afds.cost import CostMeter, measure_cost
+from afds.elimination import Elimination
 from afds.errors import BudgetError
 from afds.importance import Importance, by_importance, estimate, set_importance
 from afds.latency import solve_latency
@@ -101,10 +102,14 @@ def settle_winners(
     crops = plan.refit_on() if plan.reference is not None and plan.refit_on is not None else []
     refit = Reconstruction(plan.reference, crops) if plan.reference is not None and crops else None
     importance = estimate(network, plan.labelled)
+    eliminate, worth = None, importance.taylor
+    if d.worth == "elimination" and crops:
+        eliminate = Elimination(network, crops, plan.labelled, ridge=d.ridge)
+        worth = {**worth, **eliminate()}
     tied = tied_units(network)
 
     def place(model: nn.Module, density: dict[str, float]) -> None:
-        choose(model, density, importance.taylor, tied, multiple_of=d.multiple_of)
+        choose(model, density, worth, tied, multiple_of=d.multiple_of)
 
     allocation = _allocation(plan, state, importance, crops, place, tied, record, progress)
     if plan.ms is not None and plan.stopwatch is not None:
@@ -113,8 +118,12 @@ def settle_winners(
     else:
         t = solve(network, allocation, descent.ratio, plan.probe, steps=14, place=place,
                   reference=plan.reference_macs)  # fmt: skip
-    _agree(fabric, network)
     chosen = densities(network)
+    if eliminate is not None:  # again, now that it is known which outputs need their inputs
+        worth |= eliminate({name: gate.kept for name, gate in gates(network).items()})
+        place(network, chosen)
+        del eliminate  # its matrices
+    _agree(fabric, network)
     state.settle()
     unexplained = {} if refit is None else refit(network, ridge=d.ridge, channels=state.settled)
     if refit is None:
