@@ -190,6 +190,19 @@ def test_colours_vary_after_settling_and_the_same_for_both_networks(place: Path,
     assert (float(brightest.std()) > 0.1) == (colour > 0)  # a digit's ink is white, until its brightness varies
 
 
+@pytest.mark.parametrize("colour", [0.0, 0.9])
+def test_colours_vary_in_other_trainings_when_asked(place: Path, colour: float) -> None:
+    varied = dataclasses.replace(options(place, place / "colours").data_options, colour=colour)
+    config = resolve_method(
+        options(
+            place, place / "varied", source=str(place / "dense"), method="l2+dense", budget="1x", data_options=varied
+        )
+    )
+    splits, _ = read_photos(config, Progress(quiet=True))
+    batches = [x_BCHW for x_BCHW, _ in Setup(config, splits, make_fabric(config.hardware)).plan.train_loader]
+    assert (float(torch.cat(batches).amax((1, 2, 3)).std()) > 0.1) == (colour > 0)
+
+
 def test_each_network_is_timed_on_images_of_its_own(place: Path) -> None:
     fit(options(place, place / "timed", source=str(place / "dense")), quiet=True)
     result = measure_run(place / "timed", threads=(1,), rounds=2, only=("torch", "dense", "dynamic"))

@@ -54,6 +54,9 @@ class DataConfig:
     """Smallest area of a `resized` training crop, as a share of the image."""
     flip: bool = True
     """Mirror training images at random."""
+    colour: float = 0.0
+    """Strength of the jitter of brightness, contrast and saturation, from 0 (none) to 1; where a settled network
+    learns again, --recovery.colour takes its place."""
     workers: int = 2
     """Processes that read images. 0 reads in the main process."""
     skip_unreadable: bool = False
@@ -67,6 +70,7 @@ class DataConfig:
         _require(0 < self.val_fraction < 0.9, "data.val-fraction", self.val_fraction, "between 0 and 0.9")
         _require(0 <= self.test_fraction < 0.9, "data.test-fraction", self.test_fraction, "from 0 to below 0.9")
         _require(0 < self.scale <= 1, "data.scale", self.scale, "above 0 and at most 1")
+        _require(0 <= self.colour <= 1, "data.colour", self.colour, "from 0 to 1")
         _require(0 <= self.workers <= 64, "data.workers", self.workers, "from 0 to 64")
 
 

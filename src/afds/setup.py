@@ -161,7 +161,7 @@ class Setup:
 
         o, d = config.optim, config.data_options
         augment = Augment(crop=d.crop, scale=(d.scale, 1.0), flip=d.flip,
-                          colour=config.recovery.colour if settles else 0.0)  # fmt: skip
+                          colour=config.recovery.colour if settles else d.colour)  # fmt: skip
         train_set = ImageDataset(splits.train, self._views(augment), cache=d.cache)
         loader = make_loader(train_set, batch_size=o.batch_size, shuffle=True, seed=config.seed, workers=d.workers,
                              drop_last=True)  # fmt: skip
