@@ -15,9 +15,8 @@
 What stays longest is worth most. Hassibi & Stork, *Second order derivatives for network pruning: Optimal Brain
 Surgeon*, NeurIPS 1992; for structures, layer by layer: Kurtic et al., *ZipLM*, NeurIPS 2023. Ours: all readers of a
 class at once, as layers of a residual stream must keep the same channels, and once more when it is known which outputs
-stay. Why: a Taylor estimate asks what each channel
-does alone, so of two that say the same it keeps both, although the refit that follows (reconstruction.py) would make
-one say what the other said (docs/accuracy.md).
+stay. Why: a Taylor estimate asks what each channel does alone, so of two that say the same it keeps both, although the
+refit that follows (reconstruction.py) would make one say what the other said (docs/accuracy.md).
 """
 
 from __future__ import annotations
