@@ -15,7 +15,8 @@ import pytest
 import afds
 from afds import cli, commands
 from afds.cli import VERBS, main
-from afds.errors import AfdsError
+from afds.config import DataConfig
+from afds.errors import AfdsError, ConfigError
 from afds.selection import SelectionConfig
 from runs import LABELS, write_photos, write_run
 
@@ -175,3 +176,19 @@ def test_cli_itself_imports_nothing_heavy() -> None:
     heavy = {"torch", "timm", "tyro", "matplotlib", "numpy", "PIL"}
     names = {name for name, value in vars(cli).items() if isinstance(value, types.ModuleType)}
     assert not heavy & names
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("input_size", 3),
+        ("val_fraction", 1.0),
+        ("test_fraction", -1.0),
+        ("scale", 0.0),
+        ("colour", 3.0),
+        ("workers", -1),
+    ],
+)
+def test_a_wrong_value_is_refused_by_the_option_that_was_given(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"--data-options.{name.replace('_', '-')} "):
+        DataConfig(**{name: value})  # type: ignore[arg-type]

@@ -65,13 +65,13 @@ class DataConfig:
     """Keep decoded, shrunk images in memory between epochs where they fit."""
 
     def __post_init__(self) -> None:
-        _require(self.input_size == 0 or 16 <= self.input_size <= 2048, "data.input-size", self.input_size,
+        _require(self.input_size == 0 or 16 <= self.input_size <= 2048, "data-options.input-size", self.input_size,
                  "0 or a number of pixels from 16 to 2048")  # fmt: skip
-        _require(0 < self.val_fraction < 0.9, "data.val-fraction", self.val_fraction, "between 0 and 0.9")
-        _require(0 <= self.test_fraction < 0.9, "data.test-fraction", self.test_fraction, "from 0 to below 0.9")
-        _require(0 < self.scale <= 1, "data.scale", self.scale, "above 0 and at most 1")
-        _require(0 <= self.colour <= 1, "data.colour", self.colour, "from 0 to 1")
-        _require(0 <= self.workers <= 64, "data.workers", self.workers, "from 0 to 64")
+        _require(0 < self.val_fraction < 0.9, "data-options.val-fraction", self.val_fraction, "between 0 and 0.9")
+        _require(0 <= self.test_fraction < 0.9, "data-options.test-fraction", self.test_fraction, "from 0 to below 0.9")
+        _require(0 < self.scale <= 1, "data-options.scale", self.scale, "above 0 and at most 1")
+        _require(0 <= self.colour <= 1, "data-options.colour", self.colour, "from 0 to 1")
+        _require(0 <= self.workers <= 64, "data-options.workers", self.workers, "from 0 to 64")
 
 
 @dataclass(frozen=True)
