@@ -254,11 +254,14 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("widths.layer2.0.conv2", 3, "tied"),
     ("widths.layer2.0.conv2", None, "tied"),
     ("widths", [], "should be an object"),
-    ("predictors.layer1.0.conv1", -1, "whole number up to"),
-    ("predictors.layer1.0.conv1", 10**9, "whole number up to"),
+    ("predictors.layer1.0.conv1", -1, "whole number from 0 to"),
+    ("predictors.layer1.0.conv1", 10**9, "whole number from 0 to"),
     ("predictors.layer1.0.conv1", 1, "model.safetensors"),
     ("predictors.evil", 1, "no predictor"),
     ("predictors", "x", "should be an object"),
+    ("ranks", {"layer1.0.conv1": 1}, "it is not low-rank"),
+    ("ranks", {"evil": 1}, "no predictor"),
+    ("ranks", 3, "should be an object"),
 ]
 
 

@@ -15,7 +15,7 @@ from afds.graph import unit_roles
 from afds.masks import observe
 from afds.reconstruction import Reconstruction
 from afds.schedule import solve
-from afds.selection import gates, select, selective_units
+from afds.selection import SelectionConfig, gates, select, selective_units
 from afds.settling import choose, fix_scales, settle, tied_units
 from networks import FAMILIES, randomise_bn, train_like
 from runs import ARCH_ARGS, tiny_network
@@ -96,6 +96,42 @@ def test_a_network_that_is_refitted_after_the_cut_is_the_one_refitted_before_it(
     with torch.no_grad():
         torch.testing.assert_close(cut(images[0]), masked(images[0]), rtol=1e-3, atol=1e-3)
     assert {n: v[1] for n, v in left_cut.items()} == pytest.approx({n: v[1] for n, v in left_masked.items()}, abs=0.02)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_low_rank_predictors_have_the_rank_of_what_is_left_and_are_counted_so_before(family: str) -> None:
+    torch.manual_seed(0)
+    low = SelectionConfig(predictor="low-rank", rank_divisor=3)
+    model = select(randomise_bn(FAMILIES[family]()).eval(), low).eval()
+    tied, x = tied_units(model), torch.randn(2, 3, 40, 40)
+    for density in (0.2, 0.9, 0.5):  # what a search tries first leaves no trace
+        choose(model, dict.fromkeys(gates(model), density), some_worth(model), tied)
+    before = CostMeter(model)(x)[1]
+    expected = model(x)
+    settle(model)
+    for gate in gates(model).values():
+        predictor, left = gate.predictor, int(gate.kept.sum())  # fewer than it has where a layer cannot be cut
+        assert predictor.reduce is not None
+        assert predictor.rank == math.ceil(left / 3)
+        assert predictor.reduce.weight.shape == (predictor.rank, predictor.in_channels)
+        assert predictor.weight.shape == (left, predictor.rank)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    if family not in ("mobilenetv3", "regnety"):  # whose attention is counted whole until it is cut
+        assert CostMeter(model)(x)[1].counted == pytest.approx(before.counted)
+    model.train()(x).square().mean().backward()
+    assert all(gate.predictor.weight.grad is not None for gate in gates(model).values())
+
+
+def test_a_low_rank_predictor_that_has_learned_keeps_its_rank() -> None:
+    torch.manual_seed(0)
+    model = train_like(select(FAMILIES["resnet-basic"]().eval(), SelectionConfig(predictor="low-rank"))).eval()
+    ranks = {name: gate.predictor.rank for name, gate in gates(model).items()}
+    choose(model, dict.fromkeys(ranks, 0.4), some_worth(model), tied_units(model))
+    x = torch.randn(2, 3, 40, 40)
+    expected = model(x)
+    settle(model)
+    assert {name: gate.predictor.rank for name, gate in gates(model).items()} == ranks
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,7 +19,7 @@ from afds.data import write_digits
 from afds.errors import BudgetError, ConfigError, DataError, RunFolderError
 from afds.fitting import fit, read_result
 from afds.schedule import MARGIN
-from afds.selection import gates
+from afds.selection import SelectionConfig, gates
 from afds.setup import default_epochs
 from afds.task import Task, learning_rate, parameter_groups
 
@@ -141,16 +141,24 @@ def test_afds_goes_through_a_dense_base_and_keeps_its_classifier(digits: Path, f
     assert load_run(tmp_path / "transfer").labels == ("five", "four", "three")
 
 
-@pytest.mark.parametrize("scales", ["predicted", "learned"])
+@pytest.mark.parametrize(
+    ("scales", "predictor"), [("predicted", "full"), ("learned", "full"), ("predicted", "low-rank")]
+)
 def test_a_settled_run_is_narrow_resumes_and_keeps_no_more_than_it_computes(
-    scales: Any, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    scales: Any,
+    predictor: Any,
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     weights = tmp_path / "weights"
     fit(options(digits, weights, method="scratch+dense", budget=""), quiet=True)
     settled = DescentConfig(images=8, reconstruct=32, trials=3, multiple_of=2, scales=scales)
 
     def config(out: Path) -> FitConfig:
-        return options(digits, out, method="afds", source=str(weights), budget="2x", descent=settled)
+        return options(digits, out, method="afds", source=str(weights), budget="2x", descent=settled,
+                       selection=SelectionConfig(predictor=predictor))  # fmt: skip
 
     fit(config(tmp_path / "whole"))
     assert len(lines(tmp_path / "whole", "trial")) == 3
@@ -166,6 +174,8 @@ def test_a_settled_run_is_narrow_resumes_and_keeps_no_more_than_it_computes(
     assert all(gate.k == gate.sign.numel() for gate in chosen.values())
     rows = [gate.predictor.out_channels for gate in chosen.values()]
     assert rows == [gate.sign.numel() if scales == "predicted" else 0 for gate in chosen.values()]
+    ranks = [gate.predictor.rank for gate in chosen.values()]
+    assert ranks == [-(-n // 8) if predictor == "low-rank" else 0 for n in rows]
     assert sum(gate.sign.numel() for gate in chosen.values()) == stay < all_channels
     assert any(gate.sign.numel() < full for gate, full in zip(chosen.values(), [8] * 20, strict=False))
     assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in load_run(weights).model.parameters())

@@ -4,6 +4,7 @@
 
     dense      as timm builds it; batch norms have seen an image, so that features are alive
     settled    today's default: one set of channels for all images, the rest cut away, predicted scales kept
+    low_rank   the same with `--selection.predictor low-rank`
     learned    the same with `--descent.scales learned`: scales are constants, no predictors
     choosing   `--descent.no-settle`, the paper's way: every image has winners of its own
 """
@@ -44,8 +45,13 @@ def choosing(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "f
 
 def settled(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "full") -> tuple[nn.Module, float]:
     """Densities shared out by the fixed rule that `fit` starts from, channels drawn at random, the rest cut away."""
-    selective = _selective(model, predictor, std=0.003)  # all that is left is computed, as in trained networks
+    selective = afds.select(model, SelectionConfig(predictor=predictor)).eval()  # type: ignore[arg-type]
     return _settle(selective, ratio, x_BCHW)
+
+
+def low_rank(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "") -> tuple[nn.Module, float]:
+    """As `settled`, each predictor of an eighth of the rank that its width allows."""
+    return settled(model, ratio, x_BCHW, "low-rank")
 
 
 def learned(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "full") -> tuple[nn.Module, float]:
@@ -67,16 +73,21 @@ def _settle(selective: nn.Module, ratio: float, x_BCHW: Tensor) -> tuple[nn.Modu
 
     solve(selective, path, ratio, [x_BCHW], place=place)
     settle(selective)
+    _let_learn(selective, std=0.003)  # all that is left is computed, as in trained networks
     _see(selective, x_BCHW.shape[-1])
     return selective, CostMeter(selective).mean([x_BCHW]).ratio
 
 
 def _selective(model: nn.Module, predictor: str, std: float) -> nn.Module:
     selective = afds.select(model, SelectionConfig(predictor=predictor)).eval()  # type: ignore[arg-type]
+    _let_learn(selective, std)
+    return selective
+
+
+def _let_learn(selective: nn.Module, std: float) -> None:
     for gate in gates(selective).values():
         nn.init.normal_(gate.predictor.weight, std=std)
     round_predictors(selective)  # as `fit` does
-    return selective
 
 
 @torch.no_grad()

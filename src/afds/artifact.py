@@ -200,10 +200,14 @@ def describe_units(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def describe_compaction(model: nn.Module) -> dict[str, dict[str, int]]:
-    """What was cut: channels left of each convolution, rows left of each predictor; empty where nothing was."""
+    """Channels left of each convolution, rows and rank of each predictor; empty where nothing was cut."""
     left = {"widths": compaction.widths(model), "predictors": {
         name: gate.predictor.out_channels for name, gate in gates(model).items() if gate.predicted is not None
     }}  # fmt: skip
+    ranks = {name: unit.gate.predictor.rank for name, unit in selective_units(model) if isinstance(unit.gate, Gate)
+             and unit.gate.predictor.rank != unit.gate.predictor.first_rank}  # fmt: skip
+    if ranks:
+        left["ranks"] = ranks
     return left if any(left.values()) else {}
 
 
@@ -286,7 +290,7 @@ def _rebuild(structure: dict[str, Any], selection: SelectionConfig | None, weigh
         narrow(model, structure["widths"])
     if selection is not None:
         model = select(model, selection).eval()
-        _resize_predictors(model, _numbers(left, "predictors"))
+        _resize_predictors(model, left)
         set_density(model, _densities(structure["units"]))
     if structure["memory_format"] == "channels_last":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -308,18 +312,20 @@ def _numbers(left: dict[str, Any], key: str) -> dict[str, Any]:
     return found
 
 
-def _resize_predictors(model: nn.Module, rows: dict[str, Any]) -> None:
+def _resize_predictors(model: nn.Module, left: dict[str, Any]) -> None:
     chosen = gates(model)
-    for name, count in rows.items():
-        if name not in chosen:
-            raise RunFolderError(f"{STRUCTURE}: compact.predictors: there is no predictor {name[:80]!r}.")
-        most = chosen[name].predictor.out_channels
-        if type(count) is not int or not 0 <= count <= most:
-            raise RunFolderError(
-                f"{STRUCTURE}: rows of the predictor {name[:80]!r} are {str(count)[:40]}, which should be a whole "
-                f"number up to {most}."
-            )
-        chosen[name].resize_rows(count)
+    for key, what, least in (("ranks", "rank", 1), ("predictors", "rows", 0)):
+        for name, count in _numbers(left, key).items():
+            if name not in chosen:
+                raise RunFolderError(f"{STRUCTURE}: compact.{key}: there is no predictor {name[:80]!r}.")
+            gate = chosen[name]
+            most = gate.predictor.rank if key == "ranks" else gate.predictor.out_channels
+            if type(count) is not int or not least <= count <= most:
+                wanted = f"a whole number from {least} to {most}" if most >= least else "left out: it is not low-rank"
+                raise RunFolderError(
+                    f"{STRUCTURE}: {what} of the predictor {name[:80]!r}: {str(count)[:40]}, which should be {wanted}."
+                )
+            (gate.resize_rank if key == "ranks" else gate.resize_rows)(count)
 
 
 def _widths_if_cut(model: nn.Module, arch: str, arch_args: dict[str, Any], num_classes: int) -> dict[str, Any] | None:

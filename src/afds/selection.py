@@ -52,7 +52,7 @@ class SelectionConfig:
     """`full`: one C_in x C_out matrix a layer, as in the paper. `low-rank`: C_in -> r -> C_out, fewer weights to
     read at batch 1."""
     rank_divisor: int = 8
-    """Low-rank predictor: r = ceil(C_out / rank_divisor)."""
+    """Low-rank predictor: r = ceil(C_out / rank_divisor), C_out being the channels that settling leaves."""
     standardise: bool = True
     """Standardise the pooled input of the predictor. False is the paper's raw pooling."""
     importance: bool = True
@@ -95,11 +95,12 @@ class Predictor(nn.Module):
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.standardise = nn.BatchNorm1d(in_channels, eps=POOLED_EPS, affine=False) if config.standardise else None
-        self.rank = 0
+        self.rank, self.rank_divisor = 0, config.rank_divisor
         self.reduce: nn.Linear | None = None
         if config.predictor == "low-rank":
-            self.rank = math.ceil((full_channels or out_channels) / config.rank_divisor)
+            self.rank = self.rank_for(full_channels or out_channels)
             self.reduce = nn.Linear(in_channels, self.rank, bias=False)
+        self.first_rank = self.rank  # as `select` makes it
         self.weight = nn.Parameter(torch.zeros(out_channels, self.rank or in_channels))
         self.bias = nn.Parameter(start_C.clone())
         ceiling = (
@@ -122,6 +123,26 @@ class Predictor(nn.Module):
                 p_BC = self.reduce(p_BC)
             h_BC = F.relu(F.linear(p_BC, self.weight, self.bias))
             return torch.minimum(h_BC, self.ceiling)
+
+    def rank_for(self, channels: int) -> int:
+        """r of a predictor for so many outputs."""
+        return math.ceil(channels / self.rank_divisor)
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether it says anything of the image: at the start W = 0."""
+        return bool(self.weight.any())
+
+    @torch.no_grad()
+    def cut_to_rank(self) -> None:
+        """Keep the first `rank` of the inner numbers, in place. The function stays only where W = 0 in the others."""
+        if self.reduce is None or self.reduce.out_features == self.rank:
+            return
+        for holder in (self, self.reduce):
+            learns = holder.weight.requires_grad
+            cut = holder.weight[:, : self.rank] if holder is self else holder.weight[: self.rank]
+            holder.weight = nn.Parameter(cut.clone(), requires_grad=learns)
+        self.reduce.out_features = self.rank
 
 
 class Gate(nn.Module):
@@ -187,6 +208,11 @@ class Gate(nn.Module):
         self.predicted = stay
         self.dynamic &= stay
 
+    def resize_rank(self, rank: int) -> None:
+        """A low-rank predictor of so few inner numbers: to be loaded into."""
+        self.predictor.rank = rank
+        self.predictor.cut_to_rank()
+
     def resize_rows(self, rows: int) -> None:
         """Room for a predictor with so many rows, its contents undefined: to be loaded into."""
         p = self.predictor
@@ -194,6 +220,16 @@ class Gate(nn.Module):
         p.bias = nn.Parameter(p.bias.detach().new_empty(rows))
         p.out_channels = rows
         self.predicted = torch.zeros_like(self.dynamic)
+
+    def keep_only(self, index: Tensor) -> None:
+        """Prune all channels but these. A low-rank predictor that has not learned counts with the rank for so many.
+
+        Its surplus goes where channels are cut away (`Predictor.cut_to_rank`).
+        """
+        self.kept.fill_(False)
+        self.kept[index.to(self.kept.device)] = True
+        if self.predictor.reduce is not None and not self.predictor.has_learned:
+            self.predictor.rank = min(self.predictor.rank_for(len(index)), self.predictor.reduce.out_features)
 
     def reset_masks(self) -> None:
         """A new task chooses anew, among the channels that are still there."""

@@ -72,9 +72,7 @@ def choose(
             k = min(len(total_C), multiple_of * round(d * len(total_C) / multiple_of))
         best = total_C.topk(k).indices
         for name in names:
-            gate = chosen[name]
-            gate.kept.fill_(False)
-            gate.kept[best.to(gate.kept.device)] = True
+            chosen[name].keep_only(best)
         set_density(model, dict.fromkeys(names, k / len(total_C)))
 
 
@@ -88,7 +86,7 @@ def fix_scales(model: nn.Module, images: Callable[[], Iterable[Tensor]]) -> None
         images: batches (B, 3, H, W) of training images, asked for where predictors have learned.
     """
     chosen = gates(model)
-    has_learned = any(bool(gate.predictor.weight.any()) for gate in chosen.values())
+    has_learned = any(gate.predictor.has_learned for gate in chosen.values())
     seen = observe(model, images()) if has_learned else {}
     for name, gate in chosen.items():
         constant_C = gate.gamma.clone()
@@ -104,7 +102,9 @@ def settle(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         The channels that each unit still has, of those that it had.
     """
-    units = set(gates(model))
-    kept = {name: index for name, index in kept_channels(model).items() if name in units}
+    chosen = gates(model)
+    kept = {name: index for name, index in kept_channels(model).items() if name in chosen}
     cut_away(model)
+    for gate in chosen.values():
+        gate.predictor.cut_to_rank()
     return kept

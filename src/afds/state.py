@@ -105,8 +105,7 @@ class State:
         """Give the network the widths that it was saved with, before an optimizer holds its parameters."""
         if saved.get("chosen"):
             for name, gate in gates(self.task.network).items():
-                gate.kept.fill_(False)
-                gate.kept[saved["chosen"][name].to(gate.kept.device)] = True
+                gate.keep_only(saved["chosen"][name])
             self.settle()
         if saved.get("kept"):
             narrow(self.task.network, saved["widths"])
