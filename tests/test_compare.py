@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +189,53 @@ def test_parallel_gives_the_same_results(
     parallel = compare(dataclasses.replace(config, out=tmp_path / "out", jobs=2, seeds=1))
     alike = {line["key"]: line["hits"] for line in lines}
     assert all(line["hits"] == alike[line["key"]] for line in parallel)
+
+
+WORKERS = """
+import os, sys, time
+from pathlib import Path
+from afds.compare.plan import CompareConfig
+from afds.compare.pools import make_pool
+
+def work(path):
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(120)
+
+if __name__ == "__main__":
+    pool, _ = make_pool(CompareConfig(data=(Path("photos"),), out=Path("out"), jobs=2))
+    for name in sys.argv[1:]:
+        pool.submit(work, name)
+    time.sleep(120)
+"""
+
+
+def test_killed_it_leaves_no_worker_behind(tmp_path: Path) -> None:
+    script, notes = tmp_path / "workers.py", [tmp_path / "a", tmp_path / "b"]
+    script.write_text(WORKERS)
+    parent = subprocess.Popen([sys.executable, str(script), *map(str, notes)])
+    try:
+        wait_until(lambda: all(note.exists() and note.read_text() for note in notes))
+    finally:
+        parent.kill()
+        parent.wait()
+    workers = [int(note.read_text()) for note in notes]
+    wait_until(lambda: not any(is_running(pid) for pid in workers))
+
+
+def wait_until(met: Callable[[], bool], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")  # dead, and nobody has asked for its exit code yet: not running
+    return not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def test_what_cannot_be_is_refused_before_any_training(room: Path, tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ import logging
 import multiprocessing
 import os
 import socket
+import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures import wait as wait_for
+from multiprocessing.connection import wait as wait_for_end
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +137,23 @@ def make_pool(c: CompareConfig) -> tuple[Executor, int | None]:
         return Here(), 1
     threads = max(1, (os.cpu_count() or 1) // c.jobs)
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(c.jobs, context, initializer=torch.set_num_threads, initargs=(threads,)), c.jobs
+    return ProcessPoolExecutor(c.jobs, context, initializer=_begin, initargs=(threads,)), c.jobs
+
+
+def _begin(threads: int) -> None:
+    """Of a process beside this one: its share of the cores, and it ends with this one, however that ends.
+
+    Left behind by a kill it would train on, in the very folder in which the comparison that is started again goes on.
+    """
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    wait_for_end([sentinel])
+    os._exit(1)  # checkpoints are written atomically: of the trial no more than an epoch is lost
 
 
 def _on_node(fn: Callable[[Trial], Any], threads: int, device: Any, place: tuple[str, Path], trial: Trial) -> Any:
