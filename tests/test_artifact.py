@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from afds.architecture import build_network, check_architecture
 from afds.artifact import describe_units, is_run, load_run, save_run
 from afds.errors import RunFolderError, SourceError
-from afds.files import read_json, write_atomic, write_json
+from afds.files import alone_in, read_json, write_atomic, write_json
 from afds.selection import SelectionConfig, densities
 from runs import ARCH_ARGS, LABELS, PREPROCESS, tiny_network, write_run
 
@@ -325,3 +327,24 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="larger than 1 bytes"):
         read_json(path.with_name(path.name), max_bytes=1) if path.write_text("[1]") else None
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_who_dies_lets_go_of_a_folder(tmp_path: Path) -> None:
+    holding = f"""
+import time
+from pathlib import Path
+from afds.files import alone_in
+with alone_in(Path({str(tmp_path)!r})):
+    print("held", flush=True)
+    time.sleep(120)
+"""
+    with subprocess.Popen([sys.executable, "-c", holding], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        try:
+            assert other.stdout.readline() == b"held\n"
+            with pytest.raises(RunFolderError, match="another process"), alone_in(tmp_path):
+                pass
+        finally:
+            other.kill()
+    with alone_in(tmp_path):
+        pass

@@ -17,6 +17,7 @@ from afds.artifact import is_run, load_run
 from afds.config import DataConfig, DescentConfig, FitConfig, OptimConfig, resolve_method
 from afds.data import write_digits
 from afds.errors import BudgetError, ConfigError, DataError, RunFolderError
+from afds.files import LOCK, alone_in
 from afds.fitting import fit, read_result
 from afds.schedule import MARGIN
 from afds.selection import SelectionConfig, gates
@@ -109,7 +110,10 @@ def test_resumed_run_ends_where_the_unbroken_one_does(
     assert not is_run(out)
     with pytest.raises(RunFolderError, match=f"--resume {out}"):
         fit(options(digits, out), quiet=True)
+    with alone_in(out), pytest.raises(RunFolderError, match=f"{out}: another process is training in it"):
+        fit(FitConfig(resume=out), quiet=True)
     fit(FitConfig(resume=out), quiet=True)
+    assert not (out / LOCK).exists()
     assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
     ours, theirs = lines(out, "epoch"), lines(finished, "epoch")
     assert [line["val_ce"] for line in ours] == [line["val_ce"] for line in theirs]

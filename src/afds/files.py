@@ -6,11 +6,15 @@ import contextlib
 import json
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from afds.errors import RunFolderError
 
+LOCK = ".lock"
 MAX_JSON_BYTES = 64 * 2**20  # a ResNet-152's structure.json has 0.2 MB; more than this is not ours
 
 
@@ -75,3 +79,26 @@ def read_json(path: Path | str, max_bytes: int = MAX_JSON_BYTES) -> Any:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """While this lasts no other process works in a folder, of those that ask; a process that dies lets go of it.
+
+    Raises:
+        RunFolderError: another one does.
+    """
+    lock = FileLock(folder / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RunFolderError(
+            f"{folder}: another process is training in it. Wait until it is done, or stop it first."
+        ) from error
+    except (NotImplementedError, OSError):  # a file system without locks: as if there were no other
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()

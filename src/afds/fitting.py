@@ -11,6 +11,7 @@ function: resumable like any run, and usable again (`--source RUN/base` for the 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import warnings
@@ -24,7 +25,7 @@ from afds.cost import Cost, CostMeter, LayerCost, has_selection
 from afds.data import Splits, check_images, describe, make_splits, scan, without
 from afds.errors import ConfigError, DataError, RunFolderError
 from afds.evaluation import Metrics, evaluate
-from afds.files import read_json, write_json
+from afds.files import LOCK, alone_in, read_json, write_json
 from afds.hardware import make_fabric, resolve_device
 from afds.latency import solve_latency
 from afds.progress import Progress
@@ -57,6 +58,11 @@ def fit(config: FitConfig, *, quiet: bool = False) -> FitResult:
     Raises:
         AfdsError: anything wrong with the options, the photos, the source or the run folder, before training.
     """
+    with contextlib.ExitStack() as held:
+        return _fit(config, quiet, held)
+
+
+def _fit(config: FitConfig, quiet: bool, held: contextlib.ExitStack) -> FitResult:
     if config.resume is not None:
         config = _resumed(config.resume)
     config = resolve_method(config)
@@ -71,6 +77,8 @@ def fit(config: FitConfig, *, quiet: bool = False) -> FitResult:
         parse_source(config.source)
     fabric = make_fabric(config.hardware)
     fabric.launch()
+    if fabric.is_global_zero and config.resume is not None:
+        held.enter_context(alone_in(config.out))
     # What `auto` came to goes into the record: steps before this run, and a resumed one, compute in the same.
     precision: Any = fabric._precision.precision
     config = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, precision=precision))
@@ -83,6 +91,7 @@ def fit(config: FitConfig, *, quiet: bool = False) -> FitResult:
     assert out is not None
     if fabric.is_global_zero and config.resume is None:
         out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(alone_in(out))
         write_json(out / "config.json", setup.record(facts))
     elif config.resume is not None:
         _same_data(out, facts)
@@ -281,7 +290,8 @@ def _finish(setup: Setup, record: Record, progress: Progress) -> FitResult:
             warnings.warn(
                 f"The report could not be written ({error}); `afds report {c.out}` tries again.", stacklevel=2
             )
-        (c.out / "last.ckpt").unlink(missing_ok=True)
+        for done_with in ("last.ckpt", LOCK):
+            (c.out / done_with).unlink(missing_ok=True)
     fabric.barrier()
     result = FitResult(c.out, val, test, val.cost, seconds, latency["ms"] if latency else None)
     progress.say(_closing(result, c))
