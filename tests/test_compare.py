@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,13 +19,14 @@ from afds import fitting
 from afds.artifact import is_run
 from afds.cli import main
 from afds.compare.page import write_page
-from afds.compare.plan import CANDIDATES, CompareConfig, make_plan
+from afds.compare.plan import CANDIDATES, CompareConfig, Trial, make_plan
 from afds.compare.rows import parse_row, read_rows
 from afds.compare.run import compare, to_do
 from afds.compare.table import cells, footnote, markdown, write_tables
 from afds.config import DataConfig, DescentConfig, FitConfig, OptimConfig
 from afds.data import write_digits
-from afds.errors import BudgetError, ConfigError, DataError, RunFolderError
+from afds.errors import BudgetError, ConfigError, DataError, RunFolderError, TrainingError
+from afds.files import alone_in
 from afds.fitting import fit
 from afds.stats import paired, paired_images
 
@@ -220,6 +222,25 @@ def test_killed_it_leaves_no_worker_behind(tmp_path: Path) -> None:
         parent.wait()
     workers = [int(note.read_text()) for note in notes]
     wait_until(lambda: not any(is_running(pid) for pid in workers))
+
+
+def end_me(trial: Trial) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_told_in_words(
+    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("afds.compare.run.run_trial", end_me)
+    with pytest.raises(TrainingError, match="ended from outside"):
+        compare(options(room, tmp_path / "out", jobs=2, seeds=1))
+
+
+def test_two_comparisons_in_one_folder_are_one_too_many(room: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with alone_in(out), pytest.raises(RunFolderError, match="another process"):
+        compare(options(room, out, seeds=1))
 
 
 def wait_until(met: Callable[[], bool], seconds: float = 90) -> None:

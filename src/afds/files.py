@@ -81,6 +81,11 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether nothing is in a folder but what `alone_in` may have left there."""
+    return all(entry.name == LOCK for entry in folder.iterdir())
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """While this lasts no other process works in a folder, of those that ask; a process that dies lets go of it.

@@ -25,7 +25,7 @@ from afds.cost import Cost, CostMeter, LayerCost, has_selection
 from afds.data import Splits, check_images, describe, make_splits, scan, without
 from afds.errors import ConfigError, DataError, RunFolderError
 from afds.evaluation import Metrics, evaluate
-from afds.files import LOCK, alone_in, read_json, write_json
+from afds.files import LOCK, alone_in, is_empty, read_json, write_json
 from afds.hardware import make_fabric, resolve_device
 from afds.latency import solve_latency
 from afds.progress import Progress
@@ -236,7 +236,7 @@ def _check_out(out: Path, resuming: bool) -> None:
         return
     if out.exists() and not out.is_dir():
         raise RunFolderError(f"--out {out} is a file; name a folder that does not exist yet.")
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and not is_empty(out):
         begun = (out / "config.json").exists() and not is_run(out)
         hint = f" To go on with the run in it: afds fit --resume {out}" if begun else ""
         raise RunFolderError(f"--out {out} is not empty; name a new folder, nothing is ever overwritten.{hint}")

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from afds.compare.pools import make_pool
 from afds.compare.rows import Row
 from afds.config import FitConfig, resolve_method, to_json
 from afds.errors import AfdsError, ConfigError, RunFolderError, TrainingError
-from afds.files import read_json, write_atomic, write_json
+from afds.files import alone_in, is_empty, read_json, write_atomic, write_json
 from afds.fitting import fit, read_photos, read_result
 from afds.hardware import make_fabric, resolve_device, resolve_precision
 from afds.progress import Progress
@@ -61,6 +61,13 @@ def _compare(c: CompareConfig, console: Console, pool: Executor, slots: int | No
             console.print(f"{trial.kind:7} {trial.key}", markup=False)
         return []
     c.out.mkdir(parents=True, exist_ok=True)
+    with alone_in(c.out):
+        return _do(c, console, pool, slots, plan, prints)
+
+
+def _do(
+    c: CompareConfig, console: Console, pool: Executor, slots: int | None, plan: list[Trial], prints: dict[str, str]
+) -> list[dict[str, Any]]:
     known = read_json(c.out / "compare.json").get("data", {}) if (c.out / "compare.json").exists() else {}
     write_json(c.out / "compare.json", {"options": identity(c), "rows": _definitions(c), "data": {**known, **prints}})
     lines = _known_lines(c)
@@ -128,7 +135,7 @@ def check_folder(c: CompareConfig) -> None:
     """
     path = c.out / "compare.json"
     if not path.exists():
-        if c.out.exists() and (not c.out.is_dir() or any(c.out.iterdir())):
+        if c.out.exists() and (not c.out.is_dir() or not is_empty(c.out)):
             raise RunFolderError(f"--out {c.out} is not empty and holds no comparison; name a new folder.")
         return
     saved = read_json(path)
@@ -186,7 +193,13 @@ def _run(pool: Executor, slots: int, todo: dict[str, Trial], lines: dict[str, An
                 running.add(pool.submit(run_trial, _ready(left.pop(key), lines, rows)))
         done, running = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
-            note(future.result())
+            try:
+                line = future.result()
+            except BrokenExecutor as error:
+                raise TrainingError("The process of a trial was ended from outside, for want of memory perhaps. Start "
+                                    "again, with fewer --jobs if it was: what is done is kept, what was begun goes "
+                                    "on.") from error  # fmt: skip
+            note(line)
 
 
 def _in_order(todo: dict[str, Trial]) -> list[Trial]:
