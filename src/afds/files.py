@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from afds.errors import RunFolderError
 
 LOCK = ".lock"
+PATIENCE = 5.0  # seconds in which a process that was told to end lets go of its folder
 MAX_JSON_BYTES = 64 * 2**20  # a ResNet-152's structure.json has 0.2 MB; more than this is not ours
 
 
@@ -93,7 +94,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         RunFolderError: another one does.
     """
-    lock = FileLock(folder / LOCK, blocking=False)
+    lock = FileLock(folder / LOCK, timeout=PATIENCE)
     try:
         lock.acquire()
     except Timeout as error:
