@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from afds.data import ImageError, eval_transform, read_rgb
+from afds.data import ImageError, eval_transform, image_files, read_rgb
 from afds.errors import DataError, RunFolderError
-from afds.inference import Model, Prediction, image_files, load
+from afds.inference import Model, Prediction, load
 from afds.selection import SelectionConfig
 from runs import LABELS, write_photos, write_run
 

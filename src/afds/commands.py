@@ -244,7 +244,8 @@ def _show(result: FolderResult) -> None:
 def _predict(arguments: list[str]) -> int:
     options = tyro.cli(Predict, prog="afds predict", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
     from afds.artifact import load_run
-    from afds.inference import Model, image_files
+    from afds.data import image_files
+    from afds.inference import Model
 
     run, unreadable = load_run(options.run), 0
     model = _or_torch(

@@ -361,6 +361,9 @@ class FitConfig:
     """Where the weights come from that l2-sp and delta stay near. By default --source."""
     resume: Path | None = None
     """Go on with an interrupted run (its folder); no other option is needed."""
+    unlabelled: Path | None = None
+    """Method afds: a folder of more photos, of what the network will see, whose classes nobody has told: the narrow
+    network learns from them what the full one says of them (ours). Those among the labelled photos are left out."""
     seed: int = 0
     """Seed of everything random."""
     base_epochs: int = 0
@@ -426,6 +429,9 @@ def resolve_method(config: FitConfig) -> FitConfig:
                           "leave --budget out, or choose a method such as +afs or +l1.")  # fmt: skip
     if "small" in compression and not config.small_source and budget == "1x":
         raise ConfigError(f"--method {config.method} needs --small-source NAME: the smaller pretrained network.")
+    if config.unlabelled is not None and (config.method != "afds" or budget == "1x" or not config.descent.settle):
+        raise ConfigError("--unlabelled: photos without labels are learned from by method afds where it settles, below "
+                          "1x, from the full network that has been fine-tuned before. Leave it out.")  # fmt: skip
     config = dataclasses.replace(config, budget=budget)
     if config.method == "afds-paper":
         parts = {part: dataclasses.replace(getattr(config, part), **values) for part, values in PAPER.items()}

@@ -22,7 +22,8 @@ from typing import Any
 from afds.artifact import is_run, load_run, save_run
 from afds.config import PRUNED, FitConfig, from_json, parse_method, resolve_method
 from afds.cost import Cost, CostMeter, LayerCost, has_selection
-from afds.data import Splits, check_images, describe, make_splits, scan, without
+from afds.data import Splits, check_images, describe, make_splits, scan, with_unlabelled, without
+from afds.data.unlabelled import fingerprint
 from afds.errors import ConfigError, DataError, RunFolderError
 from afds.evaluation import Metrics, evaluate
 from afds.files import LOCK, alone_in, is_empty, read_json, write_json
@@ -151,7 +152,7 @@ def _steps_before(config: FitConfig, setup: Setup, quiet: bool) -> FitConfig:
     assert config.out is not None
     if config.source_data is not None:
         source = dataclasses.replace(
-            config, data=config.source_data, source_data=None, method="l2+afs", budget="1x",
+            config, data=config.source_data, source_data=None, unlabelled=None, method="l2+afs", budget="1x",
             optim=dataclasses.replace(config.optim, epochs=config.source_epochs),
         )  # fmt: skip
         config = dataclasses.replace(config, source=_step(source, config.out / "source", quiet), source_data=None)
@@ -161,7 +162,7 @@ def _steps_before(config: FitConfig, setup: Setup, quiet: bool) -> FitConfig:
         if config.method == "afds" and _carries_selection(config.source):
             base_method = "afd+afs"
         base = dataclasses.replace(
-            config, method=base_method, budget="1x", small_source="",
+            config, method=base_method, budget="1x", small_source="", unlabelled=None,
             optim=dataclasses.replace(config.optim, epochs=config.base_epochs),
         )  # fmt: skip
         config = after_base(config, _step(base, config.out / "base", quiet))
@@ -213,6 +214,8 @@ def read_photos(config: FitConfig, progress: Progress) -> tuple[Splits, dict[str
     splits = make_splits(
         folder, val_fraction=options.val_fraction, test_fraction=options.test_fraction, seed=config.seed
     )
+    if config.unlabelled is not None:
+        splits = with_unlabelled(splits, config.unlabelled)
     items = splits.items()
     with progress.waiting(f"Reading {len(items)} photos in {len(splits.classes)} classes"):
         unreadable = check_images(items, workers=max(2, options.workers))
@@ -227,8 +230,11 @@ def read_photos(config: FitConfig, progress: Progress) -> tuple[Splits, dict[str
     for warning in folder.warnings:
         progress.say(f"warning: {warning}")
     counts = {"train": len(splits.train), "val": len(splits.val), "test": len(splits.test or ())}
-    return splits, {"classes": len(splits.classes), **counts, "fingerprint": splits.fingerprint(),
-                    "warnings": list(folder.warnings), "unreadable": [str(u.path) for u in unreadable]}  # fmt: skip
+    facts = {"classes": len(splits.classes), **counts, "fingerprint": splits.fingerprint(),
+             "warnings": list(folder.warnings), "unreadable": [str(u.path) for u in unreadable]}  # fmt: skip
+    if splits.unlabelled:
+        facts |= {"unlabelled": len(splits.unlabelled), "unlabelled_fingerprint": fingerprint(splits.unlabelled)}
+    return splits, facts
 
 
 def _check_out(out: Path, resuming: bool) -> None:
@@ -246,8 +252,8 @@ def _check_out(out: Path, resuming: bool) -> None:
 
 
 def _same_data(out: Path, facts: dict[str, Any]) -> None:
-    saved = read_json(out / "config.json")
-    if saved.get("data", {}).get("fingerprint") != facts["fingerprint"]:
+    saved = read_json(out / "config.json").get("data", {})
+    if any(saved.get(name) != facts.get(name) for name in ("fingerprint", "unlabelled_fingerprint")):
         raise DataError(f"The photos have changed since {out} was started: a resumed run would mix two data sets. "
                         "Start a new run.")  # fmt: skip
 

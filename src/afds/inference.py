@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -193,26 +193,6 @@ def load(
     Raises RunFolderError naming what is wrong with the folder, and what `Model` raises.
     """
     return Model(load_run(run), device, runtime=runtime, precision=precision)
-
-
-def image_files(paths: Sequence[Path | str]) -> Iterator[Path]:
-    """Files as they are, folders as the images anywhere in them, sorted by path.
-
-    Raises DataError for a path that is not there, and for a folder without an image.
-    """
-    from afds.data.folder import image_extensions
-
-    extensions = image_extensions()
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in extensions and p.is_file())
-            if not found:
-                raise DataError(f"{path}: no image in this folder.")
-            yield from found
-        elif path.exists():
-            yield path
-        else:
-            raise DataError(f"{path}: no such file or folder.")
 
 
 def _from_pil(image: Image.Image) -> Image.Image:

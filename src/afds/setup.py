@@ -162,10 +162,11 @@ class Setup:
         o, d = config.optim, config.data_options
         augment = Augment(crop=d.crop, scale=(d.scale, 1.0), flip=d.flip,
                           colour=config.recovery.colour if settles else d.colour)  # fmt: skip
-        train_set = ImageDataset(splits.train, self._views(augment), cache=d.cache)
+        items = (*splits.train, *splits.unlabelled) if settles else splits.train
+        train_set = ImageDataset(items, self._views(augment), cache=d.cache)
         loader = make_loader(train_set, batch_size=o.batch_size, shuffle=True, seed=config.seed, workers=d.workers,
                              drop_last=True)  # fmt: skip
-        epochs = o.epochs or default_epochs(len(splits.train), self.ratio if settles else 1.0)
+        epochs = o.epochs or default_epochs(len(items), self.ratio if settles else 1.0)
         total_steps = epochs * (len(loader) // fabric.world_size)
         return Plan(
             config=config, task=task, train_loader=fabric.setup_dataloaders(loader),
@@ -414,7 +415,8 @@ class Setup:
 
         Photo after photo, again from the first with other crops, up to `CROPS_EACH` of each and `CROPS_BYTES` in all.
         """
-        c, items, side = self.config, self.splits.train, self.preprocess.input_size
+        c, side = self.config, self.preprocess.input_size
+        items = (*self.splits.train, *self.splits.unlabelled)
         d = c.data_options
         count = min(c.descent.reconstruct, CROPS_EACH * len(items), max(64, CROPS_BYTES // (12 * side * side)))
         augment = Augment(crop=d.crop, scale=(d.scale, 1.0), flip=d.flip)
@@ -454,9 +456,10 @@ class Setup:
         taught = self.taught_at.input_size
         seen = f"{size} px" if size == taught else f"{size} px, its dense network's {taught} px"
         test = f", {len(s.test)} test" if s.test else ", no test split"
+        more = f"{len(s.unlabelled)} unlabelled, " if s.unlabelled else ""
         fewer = f", to {self.dense_macs / self.ratio / 1e9:.3f} ({self.ratio:.3g}x fewer)" if self.ratio > 1 else ""
         return (
-            f"{len(s.classes)} classes: {len(s.train)} training, {len(s.val)} validation{test} photos, {seen}\n"
+            f"{len(s.classes)} classes: {len(s.train)} training, {more}{len(s.val)} validation{test} photos, {seen}\n"
             f"{self.origin}: {self.dense_macs / 1e9:.3f} GMACs dense{fewer}\n"
             f"{self.config.method}, {p.epochs} epochs of {p.steps_per_epoch} steps "
             f"({self.fabric.device.type}, {self.fabric._precision.precision})"

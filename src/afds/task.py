@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afds.config import FitConfig, OptimConfig
+from afds.data import UNLABELLED
 from afds.distillation import TapPoint, tap, tap_points
 from afds.selection import Predictor
 from afds.strided import taken_apart
@@ -61,12 +62,11 @@ class Task(nn.Module):
         with tap(self.network, self.points) as features, taken_apart(self.network):
             logits_BK = self.network(x_BCHW)
         out: dict[str, Any] = {"entropy": {}}
-        smoothing = self.config.optim.label_smoothing
-        out["ce"] = F.cross_entropy(logits_BK.float(), y_B, label_smoothing=smoothing)
+        smoothing, known_B = self.config.optim.label_smoothing, y_B != UNLABELLED
+        out["ce"] = _cross_entropy(logits_BK.float(), y_B, smoothing)
         if mixed is not None:
-            second = F.cross_entropy(logits_BK.float(), mixed[0], label_smoothing=smoothing)
-            out["ce"] = torch.lerp(second, out["ce"], mixed[1])
-        out["correct"] = (logits_BK.detach().argmax(1) == y_B).float().mean()
+            out["ce"] = torch.lerp(_cross_entropy(logits_BK.float(), mixed[0], smoothing), out["ce"], mixed[1])
+        out["correct"] = (logits_BK.detach().argmax(1) == y_B).float().sum() / known_B.sum().clamp_min(1)
         out["loss"] = out["ce"]
         seen = Step(self.network, logits_BK, features, *(teacher or (None, {})))
         for term in self.regularisers:
@@ -74,6 +74,14 @@ class Task(nn.Module):
             out["loss"] = out["loss"] + term.weight * out[term.name]
             out["entropy"] |= term.facts
         return out
+
+
+def _cross_entropy(logits_BK: Tensor, y_B: Tensor, smoothing: float) -> Tensor:
+    """Mean over all images; those without a label cost nothing."""
+    if bool((y_B != UNLABELLED).all()):
+        return F.cross_entropy(logits_BK, y_B, label_smoothing=smoothing)
+    total = F.cross_entropy(logits_BK, y_B, ignore_index=UNLABELLED, label_smoothing=smoothing, reduction="sum")
+    return total / len(y_B)
 
 
 def parameter_groups(task: Task, config: FitConfig) -> list[dict[str, Any]]:

@@ -265,7 +265,7 @@ def _base_config(c: CompareConfig, config: FitConfig, base: str) -> FitConfig:
     transfer, compression = parse_method(base)
     d, f = config.distillation, common(c, Path())
     return dataclasses.replace(
-        config, method=base, budget="1x", small_source="", selection=f.selection, descent=f.descent,
+        config, method=base, budget="1x", small_source="", unlabelled=None, selection=f.selection, descent=f.descent,
         recovery=f.recovery,
         optim=dataclasses.replace(config.optim, epochs=c.base_epochs),
         pruning=config.pruning if compression == "slimming" else f.pruning,

@@ -1,19 +1,22 @@
 """From a folder of photos to batches.
 
-In order: `scan`, `make_splits`, `check_images` and `without`, `ImageDataset` with a transform, `make_loader`.
+In order: `scan`, `make_splits`, `with_unlabelled`, `check_images` and `without`, `ImageDataset` with a transform,
+`make_loader`.
 """
 
 from afds.data.check import Unreadable, check_images, describe, without
 from afds.data.digits import write_digits
-from afds.data.folder import Folder, Item, scan
+from afds.data.folder import UNLABELLED, Folder, Item, image_files, scan
 from afds.data.images import ImageError, read_rgb, read_shrunk, to_rgb
 from afds.data.loader import ImageDataset, make_loader, set_epoch
 from afds.data.preprocess import Preprocess
 from afds.data.split import Splits, make_splits
 from afds.data.timing import TimedLoader
 from afds.data.transforms import Augment, Transform, TwoViews, eval_transform, train_transform
+from afds.data.unlabelled import with_unlabelled
 
 __all__ = [
+    "UNLABELLED",
     "Augment",
     "Folder",
     "ImageDataset",
@@ -28,6 +31,7 @@ __all__ = [
     "check_images",
     "describe",
     "eval_transform",
+    "image_files",
     "make_loader",
     "make_splits",
     "read_rgb",
@@ -36,6 +40,7 @@ __all__ = [
     "set_epoch",
     "to_rgb",
     "train_transform",
+    "with_unlabelled",
     "without",
     "write_digits",
 ]

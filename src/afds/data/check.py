@@ -72,7 +72,7 @@ def without(splits: Splits, unreadable: Sequence[Unreadable]) -> Splits:
     for name, before, after in (("validation", splits.val, val), ("test", splits.test, test)):
         if before and not after:
             raise DataError(f"None of the {len(before)} {name} images can be read:\n{describe(unreadable)}")
-    return replace(splits, train=train, val=val, test=test)
+    return replace(splits, train=train, val=val, test=test, unlabelled=_keep(splits.unlabelled, gone))
 
 
 def _keep(items: tuple[Item, ...], gone: set[Path]) -> tuple[Item, ...]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -30,12 +30,15 @@ _NOT_PHOTOS = {"EPS", "MPEG", "HDF5", "GRIB", "BUFR", "WMF"}  # stubs, or read t
 _SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "__pycache__"}  # left behind by zip tools, NAS boxes and Python
 
 
+UNLABELLED = -100  # the label that torch's cross-entropy leaves out
+
+
 class Item(NamedTuple):
-    """One labelled image file."""
+    """One image file."""
 
     path: Path
     label: int
-    """Position of its class in ``Folder.classes``."""
+    """Position of its class in ``Folder.classes``, or `UNLABELLED`."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,24 @@ def image_extensions() -> frozenset[str]:
     """Endings, lower case with their dot, of the photo formats that the installed Pillow reads."""
     known = Image.registered_extensions()
     return frozenset(e for e, form in known.items() if form in Image.OPEN and form not in _NOT_PHOTOS)
+
+
+def image_files(paths: Sequence[Path | str]) -> Iterator[Path]:
+    """Files as they are, folders as the images anywhere in them, sorted by path.
+
+    Raises DataError for a path that is not there, and for a folder without an image.
+    """
+    extensions = image_extensions()
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in extensions and p.is_file())
+            if not found:
+                raise DataError(f"{path}: no image in this folder.")
+            yield from found
+        elif path.exists():
+            yield path
+        else:
+            raise DataError(f"{path}: no such file or folder.")
 
 
 def scan(root: Path | str) -> Folder:

@@ -29,10 +29,12 @@ class Splits:
     val: tuple[Item, ...]
     test: tuple[Item, ...] | None
     """None where there is a train/ folder and no test/ beside it, or where `test_fraction` is 0."""
+    unlabelled: tuple[Item, ...] = ()
+    """Photos whose classes nobody told (`unlabelled.py`): learned from, where a teacher says what they show."""
 
     def items(self) -> tuple[Item, ...]:
-        """All of them: training, validation, test."""
-        return (*self.train, *self.val, *(self.test or ()))
+        """All of them: training, validation, test, without labels."""
+        return (*self.train, *self.val, *(self.test or ()), *self.unlabelled)
 
     def fingerprint(self) -> str:
         """SHA-256 of which photo is in which split: class folder, file name, label, wherever the folder lies."""

@@ -198,7 +198,7 @@ def _classes(facts: Facts) -> str:
 def _photos(facts: Facts) -> str:
     data = sub(facts.config, "data")
     counts = [("classes", data.get("classes"))]
-    counts += [(f"{split} images", data.get(split)) for split in ("train", "val", "test")]
+    counts += [(f"{split} images", data.get(split)) for split in ("train", "val", "test", "unlabelled")]
     shown = [(name, f"{n:,.0f}") for name, value in counts if (n := number(value)) is not None]
     warnings, unreadable = data.get("warnings"), data.get("unreadable")
     lines = [line for line in warnings if isinstance(line, str)] if isinstance(warnings, list) else []
