@@ -34,13 +34,16 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `photos/`, `cat.jpg`, `more/` and the weights of a tiny network."""
+    """A folder with `photos/`, `cat.jpg`, `more/`, `unsorted/` and the weights of a tiny network."""
     folder = tmp_path_factory.mktemp("readme")
     write_digits(folder / "photos", range(3), per_class=12, test_per_class=6)
     photo = next((folder / "photos/test/one").iterdir())
     shutil.copy(photo, folder / "cat.jpg")
     (folder / "more").mkdir()
     shutil.copy(photo, folder / "more")
+    (folder / "unsorted").mkdir()
+    for path in write_digits(folder / "others", range(3), per_class=20, test_per_class=6).rglob("*.png"):
+        shutil.copy(path, folder / "unsorted" / f"{path.parent.name}-{path.name}")
     fit = ["fit", str(folder / "photos"), "--source", "resnet18", "--method", "scratch+dense"]
     assert main([*fit, "--out", str(folder / "tiny"), *TINY, *QUICK]) == 0
     return folder
