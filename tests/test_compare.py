@@ -228,9 +228,7 @@ def end_me(trial: Trial) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_is_killed_is_told_in_words(
-    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_worker_that_is_killed_is_told_in_words(room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("afds.compare.run.run_trial", end_me)
     with pytest.raises(TrainingError, match="ended from outside"):
         compare(options(room, tmp_path / "out", jobs=2, seeds=1))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,18 @@ def test_resumed_run_ends_where_the_unbroken_one_does(
         fit(options(digits, out), quiet=True)
     with alone_in(out), pytest.raises(RunFolderError, match=f"{out}: another process is training in it"):
         fit(FitConfig(resume=out), quiet=True)
+
+    @contextlib.contextmanager
+    def finished_meanwhile(folder: Path) -> Iterator[None]:
+        shutil.copytree(finished, folder, dirs_exist_ok=True)
+        yield
+
+    before = tmp_path / "before"
+    shutil.copytree(out, before)
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "alone_in", finished_meanwhile)
+        with pytest.raises(RunFolderError, match="is finished"):
+            fit(FitConfig(resume=before), quiet=True)
     fit(FitConfig(resume=out), quiet=True)
     assert not (out / LOCK).exists()
     assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()

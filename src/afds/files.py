@@ -102,8 +102,7 @@ def alone_in(folder: Path) -> Iterator[None]:
             f"{folder}: another process is training in it. Wait until it is done, or stop it first."
         ) from error
     except (NotImplementedError, OSError):  # a file system without locks: as if there were no other
-        yield
-        return
+        pass
     try:
         yield
     finally:

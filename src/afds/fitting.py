@@ -80,6 +80,7 @@ def _fit(config: FitConfig, quiet: bool, held: contextlib.ExitStack) -> FitResul
     fabric.launch()
     if fabric.is_global_zero and config.resume is not None:
         held.enter_context(alone_in(config.out))
+        _resumed(config.out)  # refused if the one that had it has just finished it
     # What `auto` came to goes into the record: steps before this run, and a resumed one, compute in the same.
     precision: Any = fabric._precision.precision
     config = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, precision=precision))
@@ -93,6 +94,7 @@ def _fit(config: FitConfig, quiet: bool, held: contextlib.ExitStack) -> FitResul
     if fabric.is_global_zero and config.resume is None:
         out.mkdir(parents=True, exist_ok=True)
         held.enter_context(alone_in(out))
+        _check_out(out, resuming=False)  # another one may have begun there meanwhile
         write_json(out / "config.json", setup.record(facts))
     elif config.resume is not None:
         _same_data(out, facts)
