@@ -43,20 +43,22 @@ def write_run(
     selection: SelectionConfig | None,
     labels: tuple[str, ...] = LABELS,
     channels_last: bool = False,
-    constant: bool = False,
+    scales: str = "",
     **args: Any,
 ) -> nn.Module:
     """Write a run folder (weights, structure, labels, preprocessing); returns the network in it. args: of the
-    architecture, beside those of `ARCH_ARGS`; constant: settled, with scales that are the same for all images."""
+    architecture, beside those of `ARCH_ARGS`; scales: settled, with `learned` or `cheap` scales."""
     args = {**ARCH_ARGS, **args}
-    model = tiny_network(selection=None if constant else selection, num_classes=len(labels), **args)
-    if constant:
+    model = tiny_network(selection=None if scales else selection, num_classes=len(labels), **args)
+    if scales:
         model = select(model, selection)
-        fix_scales(model, list)
+        fix_scales(model, list, but_cheap=scales == "cheap")
         chosen = gates(model)
         worth = {name: torch.rand(gate.sign.numel()) for name, gate in chosen.items()}
         choose(model, dict.fromkeys(chosen, 0.6), worth, tied_units(model))
         settle(model)
+        for gate in chosen.values():
+            torch.nn.init.normal_(gate.predictor.weight, std=0.3)
     with torch.no_grad():  # logits of about 1, or every probability would be 0 or 1
         spread = model(torch.randn(8, 3, 1, 1) + 0.3 * torch.randn(8, 3, 32, 32)).abs().max()
         for parameter in model.fc.parameters() if spread.isfinite() else ():

@@ -111,7 +111,7 @@ def test_a_plain_run_is_written_as_it_is(tmp_path: Path, photos: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_where_nothing_depends_on_the_image_the_file_is_plain_and_the_run_itself(tmp_path: Path, kind: str) -> None:
-    model = write_run(tmp_path / "run", selection=SelectionConfig(), constant=True)
+    model = write_run(tmp_path / "run", selection=SelectionConfig(), scales="learned")
     made = export_run(tmp_path / "run", kind)  # no photos: nothing has to be counted on them
     assert (made.form, made.frozen) == ("static", False)
     x_BCHW = torch.randn(5, 3, 32, 32)
@@ -120,6 +120,20 @@ def test_where_nothing_depends_on_the_image_the_file_is_plain_and_the_run_itself
         nodes = [node.op_type for node in onnx.load(made.path).graph.node]
         assert nodes.count("Conv") == len(gates(model))
         assert not {"Mul", "Sign", "TopK"} & set(nodes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_with_constant_scales_are_plain_beside_others_that_predict(tmp_path: Path, kind: str) -> None:
+    model = write_run(tmp_path / "run", selection=SelectionConfig(), scales="cheap").eval()
+    predict = [gate.predictor.out_channels > 0 for gate in gates(model).values()]
+    assert {True, False} == set(predict)
+    made = export_run(tmp_path / "run", kind)
+    assert made.form == "dynamic"
+    x_BCHW = torch.randn(1, 3, 32, 32)
+    assert gap(model(x_BCHW).detach(), READERS[kind](made.path)(x_BCHW.numpy())) < 1e-4
+    if kind == "onnx":
+        nodes = [node.op_type for node in onnx.load(made.path).graph.node]
+        assert nodes.count("Sign") == sum(predict)
 
 
 def test_without_photos(run: Path, tmp_path: Path) -> None:

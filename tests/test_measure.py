@@ -56,7 +56,7 @@ def test_every_network_in_every_runtime(run: Path) -> None:
 
 
 def test_where_nothing_depends_on_the_image_the_static_network_is_the_runs_own(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", selection=SelectionConfig(), constant=True)
+    write_run(tmp_path / "run", selection=SelectionConfig(), scales="learned")
     result = measure_run(tmp_path / "run", threads=(1,), rounds=2, only=("torch", "onnx"))
     assert {row.form for row in result.rows} == {"dense", "static"}
     assert "the static network is its own" in result.skipped["dynamic"]

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from afds.balance import Exponents, balance, layers_of, start
 from afds.cost import CostMeter
@@ -15,8 +15,8 @@ from afds.graph import unit_roles
 from afds.masks import observe
 from afds.reconstruction import Reconstruction
 from afds.schedule import solve
-from afds.selection import SelectionConfig, gates, select, selective_units
-from afds.settling import choose, fix_scales, settle, tied_units
+from afds.selection import Gate, SelectionConfig, SelectiveConvBN, gates, select, selective_units
+from afds.settling import choose, fix_scales, is_cheap, settle, tied_units
 from networks import FAMILIES, randomise_bn, train_like
 from runs import ARCH_ARGS, tiny_network
 
@@ -153,6 +153,34 @@ def test_fixed_scales_leave_the_function_and_no_predictor(family: str) -> None:
     fix_scales(model, list)  # nothing is left to fix
     with torch.no_grad():
         torch.testing.assert_close(model(x), masked(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["resnet-bottleneck", "vgg", "mobilenetv2", "regnety"])
+def test_cheap_predictors_stay_and_the_function_too(family: str) -> None:
+    model = select(randomise_bn(FAMILIES[family]()).eval()).eval()
+    before = copy.deepcopy(model)
+    fix_scales(model, list, but_cheap=True)
+    x = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), before(x))
+    units = {name: unit for name, unit in selective_units(model) if isinstance(unit.gate, Gate)}
+    for unit in units.values():
+        conv = unit.conv
+        per_output = conv.weight[0].numel()
+        assert bool(unit.gate.dynamic.all()) == (4 * conv.in_channels <= per_output)
+    predicted = {name for name, unit in units.items() if unit.gate.dynamic.all()}
+    assert predicted < set(units) or family == "vgg"
+    assert predicted == {n for n, u in units.items() if u.conv.kernel_size != (1, 1) and u.conv.groups <= 2}
+    choose(model, dict.fromkeys(units, 0.5), some_worth(model), tied_units(model))
+    settle(model)
+    assert {name for name, gate in gates(model).items() if gate.predictor.out_channels} == predicted
+
+
+def test_a_low_rank_predictor_of_a_1x1_convolution_is_cheap() -> None:
+    conv = nn.Conv2d(64, 64, 1)
+    for predictor, cheap in (("full", False), ("low-rank", True)):
+        gate = Gate(64, torch.ones(64), torch.zeros(64), SelectionConfig(predictor=predictor))
+        assert is_cheap(SelectiveConvBN(conv, nn.BatchNorm2d(64), gate)) == cheap
 
 
 def test_of_scales_that_were_predicted_the_mean_is_fixed() -> None:

@@ -22,7 +22,7 @@ from afds.errors import BudgetError, ConfigError, DataError, RunFolderError
 from afds.files import LOCK, alone_in
 from afds.fitting import fit, read_result
 from afds.schedule import MARGIN
-from afds.selection import SelectionConfig, gates
+from afds.selection import SelectionConfig, gates, selective_units
 from afds.setup import default_epochs
 from afds.task import Task, learning_rate, parameter_groups
 
@@ -159,8 +159,12 @@ def test_afds_goes_through_a_dense_base_and_keeps_its_classifier(digits: Path, f
     assert load_run(tmp_path / "transfer").labels == ("five", "four", "three")
 
 
+def one_by_one(model: torch.nn.Module) -> set[str]:
+    return {name for name, unit in selective_units(model) if unit.conv.kernel_size == (1, 1)}
+
+
 @pytest.mark.parametrize(
-    ("scales", "predictor"), [("predicted", "full"), ("learned", "full"), ("predicted", "low-rank")]
+    ("scales", "predictor"), [("predicted", "full"), ("learned", "full"), ("cheap", "full"), ("predicted", "low-rank")]
 )
 def test_a_settled_run_is_narrow_resumes_and_keeps_no_more_than_it_computes(
     scales: Any,
@@ -191,7 +195,8 @@ def test_a_settled_run_is_narrow_resumes_and_keeps_no_more_than_it_computes(
     chosen = gates(model)
     assert all(gate.k == gate.sign.numel() for gate in chosen.values())
     rows = [gate.predictor.out_channels for gate in chosen.values()]
-    assert rows == [gate.sign.numel() if scales == "predicted" else 0 for gate in chosen.values()]
+    plain = {"predicted": set(), "cheap": one_by_one(model), "learned": set(chosen)}[scales]
+    assert rows == [0 if name in plain else gate.sign.numel() for name, gate in chosen.items()]
     ranks = [gate.predictor.rank for gate in chosen.values()]
     assert ranks == [-(-n // 8) if predictor == "low-rank" else 0 for n in rows]
     assert sum(gate.sign.numel() for gate in chosen.values()) == stay < all_channels

@@ -5,6 +5,7 @@
     dense      as timm builds it; batch norms have seen an image, so that features are alive
     settled    today's default: one set of channels for all images, the rest cut away, predicted scales kept
     low_rank   the same with `--selection.predictor low-rank`
+    cheap      the same with `--descent.scales cheap`: predictors of 3 x 3 convolutions only, other scales constants
     learned    the same with `--descent.scales learned`: scales are constants, no predictors
     choosing   `--descent.no-settle`, the paper's way: every image has winners of its own
 """
@@ -52,6 +53,13 @@ def settled(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "fu
 def low_rank(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "") -> tuple[nn.Module, float]:
     """As `settled`, each predictor of an eighth of the rank that its width allows."""
     return settled(model, ratio, x_BCHW, "low-rank")
+
+
+def cheap(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "full") -> tuple[nn.Module, float]:
+    """As `settled`, without predictors where they are not cheap."""
+    selective = afds.select(model).eval()
+    fix_scales(selective, list, but_cheap=True)
+    return _settle(selective, ratio, x_BCHW)
 
 
 def learned(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "full") -> tuple[nn.Module, float]:

@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[5.0, 10.0])
-    parser.add_argument("--kinds", nargs="+", choices=["settled", "low_rank", "learned", "choosing"],
+    parser.add_argument("--kinds", nargs="+", choices=["settled", "low_rank", "cheap", "learned", "choosing"],
                         default=["settled", "learned", "choosing"])  # fmt: skip
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--size", type=int, default=224, help="pixels, a side of the square image")

@@ -22,6 +22,7 @@ from afds.record import read_lines
 Line = dict[str, Any]
 KINDS = {
     "settled": "Settled, today's default",
+    "cheap": "Settled, scales predicted where that is cheap (`--descent.scales cheap`)",
     "learned": "Settled, scales learned (`--descent.scales learned`)",
     "choosing": "Choosing per image (`--descent.no-settle`)",
 }

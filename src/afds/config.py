@@ -161,9 +161,10 @@ class DescentConfig:
     """Side of the images that a settled network looks at, in pixels; the dense network that it learns from sees
     --data-options.input-size, and the budget counts against that. 0: from 4x on seven eighths of that side, else all of
     it (ours)."""
-    scales: Literal["predicted", "learned"] = "predicted"
+    scales: Literal["predicted", "cheap", "learned"] = "predicted"
     """Settling: what stays is scaled for every image by its `predicted` saliency, or by a `learned` constant, as in a
-    batch norm, which costs nothing at run time (ours)."""
+    batch norm, which costs nothing at run time (ours); `cheap`: predicted where the predictor has at most a quarter as
+    many weights as the convolution (3 x 3, not 1 x 1), learned elsewhere."""
     start: float = 0.05
     """Without settling: share of the epochs at d = 1."""
     end: float = 0.5

@@ -129,6 +129,11 @@ class Predictor(nn.Module):
         return math.ceil(channels / self.rank_divisor)
 
     @property
+    def weights(self) -> int:
+        """How many it has to read for each image."""
+        return self.weight.numel() + (0 if self.reduce is None else self.reduce.weight.numel())
+
+    @property
     def has_learned(self) -> bool:
         """Whether it says anything of the image: at the start W = 0."""
         return bool(self.weight.any())

@@ -16,7 +16,9 @@ squeeze-and-excitation, at the predictor's cost. Why: in every network that we t
 shared 99 % of their winners, freezing the winners cost nothing and freezing the scales up to 4 points, and a narrow
 network trains several times faster than a masked one (docs/accuracy-history.md). The choice that FBS and the paper
 leave open for every image stays available (`--descent.no-settle`, `afds-paper`, `fbs`). With `--descent.scales learned`
-the scales are constants that learn, as a batch norm's do, and nothing depends on the image any more.
+the scales are constants that learn, as a batch norm's do, and nothing depends on the image any more; with `cheap` those
+of the layers whose predictor would have nearly as many weights to read as they have themselves: a C_in x C_out matrix
+doubles what a 1 x 1 convolution reads, and is a ninth of a 3 x 3 one.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ from torch import Tensor, nn
 
 from afds.compaction import cut_away, find_couplings, kept_channels
 from afds.masks import observe
-from afds.selection import gates, set_density, winners
+from afds.selection import Gate, SelectiveConvBN, gates, selective_units, set_density, winners
 
 COARSE = 8  # a layer's width must bear being rounded to an eighth of itself
+CHEAP = 0.25  # of its convolution's weights: what a cheap predictor has at most
 
 
 def tied_units(model: nn.Module) -> list[tuple[str, ...]]:
@@ -76,16 +79,24 @@ def choose(
         set_density(model, dict.fromkeys(names, k / len(total_C)))
 
 
+def is_cheap(unit: SelectiveConvBN) -> bool:
+    """Whether the unit's predictor has at most a quarter as many weights as its convolution (`CHEAP`)."""
+    assert isinstance(unit.gate, Gate)
+    return unit.gate.predictor.weights <= CHEAP * unit.conv.weight.numel()
+
+
 @torch.no_grad()
-def fix_scales(model: nn.Module, images: Callable[[], Iterable[Tensor]]) -> None:
+def fix_scales(model: nn.Module, images: Callable[[], Iterable[Tensor]], *, but_cheap: bool = False) -> None:
     """Turn every channel static, in place: pi is a constant that is learned, and the predictors have no rows to keep.
 
     Predictors that have not learned are constants, and the function stays what it was; of others the mean is taken.
 
     Args:
         images: batches (B, 3, H, W) of training images, asked for where predictors have learned.
+        but_cheap: leave those units whose predictor `is_cheap`.
     """
-    chosen = gates(model)
+    units = {name: unit for name, unit in selective_units(model) if isinstance(unit.gate, Gate)}
+    chosen = {name: gate for name, gate in gates(model).items() if not (but_cheap and is_cheap(units[name]))}
     has_learned = any(gate.predictor.has_learned for gate in chosen.values())
     seen = observe(model, images()) if has_learned else {}
     for name, gate in chosen.items():

@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,9 @@ class Setup:
         config, budget = self.config, parse_budget(self.config.budget)
         d, will_settle = config.descent, config.method == "afds" and config.descent.settle and budget.ratio != 1
         free = will_settle and (self.is_base or config.teacher is None)  # to look at smaller images than its teacher
-        if free and d.scales == "learned":
-            fix_scales(self.network, lambda: self._images(self.splits.train, 3 * d.images))
+        if free and d.scales != "predicted":
+            images = partial(self._images, self.splits.train, 3 * d.images)
+            fix_scales(self.network, images, but_cheap=d.scales == "cheap")
         if free and d.input_size:
             self._look_at(d.input_size)
         probe = self._images(self.splits.val, d.images)

@@ -238,6 +238,8 @@ def _unit(ops: Ops, unit: SelectiveConvBN, x: Map, shape: tuple[int, ...], size:
         scale_C = scale_C * gate.gamma.detach().double()
         weight = (weight * scale_C[:, None, None, None]).float()
         return _follow(ops, conv, weight, (beta_C.double() - mean_C * scale_C).float(), x, size)
+    if gate.k == conv.out_channels and not bool((gate.dynamic & gate.kept).any()):
+        return _constant(ops, unit, weight, scale_C, mean_C, x if conv.groups == 1 else _dense(ops, x, shape), size)
     scale_C = scale_C * gate.sign.double() / gate.importance.double()
     weight = (weight * scale_C[:, None, None, None]).float()
     mean_C = (-mean_C * scale_C).float()
@@ -262,6 +264,23 @@ def _unit(ops: Ops, unit: SelectiveConvBN, x: Map, shape: tuple[int, ...], size:
     else:
         y = ops.conv(x.x, ops.mul(rows, ops.filters(v)), bias, conv, 1)
     return Map(y, conv.out_channels, size, index, k if index is not None else 0, active)
+
+
+def _constant(
+    ops: Ops, unit: SelectiveConvBN, weight: Tensor, scale_C: Tensor, mean_C: Tensor, x: Map, size: int
+) -> Map:
+    """A unit that treats all images alike and suppresses nothing: a plain convolution, its scales in the weights."""
+    conv, gate = unit.conv, unit.gate
+    assert isinstance(gate, Gate)
+    v_C = F.relu(gate.gamma.detach().double()) * gate.kept
+    active_C = (v_C * gate.importance > 0).double()
+    scale_C = scale_C * gate.sign * v_C * active_C
+    bias_C = (unit.beta.detach() * active_C - mean_C * scale_C).float()
+    rows: Handle = (weight * scale_C[:, None, None, None]).float()
+    if x.index is not None:
+        rows = ops.gather(rows, x.index, 1)
+    mask = None if bool(active_C.all()) else active_C.float()
+    return Map(ops.conv(x.x, rows, bias_C, conv, conv.groups), conv.out_channels, size, mask=mask)
 
 
 def _rank(ops: Ops, gate: Gate, x: Map) -> Handle:
