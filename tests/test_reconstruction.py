@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from afds.graph import convbn_units
-from afds.reconstruction import Reconstruction
+from afds.reconstruction import Reconstruction, gram
 from afds.selection import gates, select, set_density
 from networks import randomise_bn
 from runs import ARCH_ARGS, tiny_network
@@ -31,6 +33,12 @@ def settled(model: nn.Module) -> nn.Module:
         for x in images():
             model(x)
     return model.eval()
+
+
+@given(rows=st.integers(1, 9), columns=st.integers(1, 40), least=st.integers(1, 5))
+def test_gram_is_the_product(rows: int, columns: int, least: int) -> None:
+    x_ND = torch.randn(rows, columns, dtype=torch.double)
+    torch.testing.assert_close(gram(x_ND, least=least), x_ND.t() @ x_ND)
 
 
 def test_nothing_went_nothing_changes() -> None:

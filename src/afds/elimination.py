@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afds.compaction import find_couplings
-from afds.reconstruction import patches
+from afds.reconstruction import gram, patches
 from afds.selection import SelectiveConvBN, gates
 from afds.strided import taken_apart
 
@@ -238,7 +238,7 @@ def _second_moments(model: nn.Module, watched: dict[str, nn.Module], crops: Sequ
                 at_P = torch.randperm(output.shape[2] * output.shape[3], generator=generator)[:each]
                 x = torch.stack(list(patches(module, x, at_P)), 1).flatten(0, 1)
             total_D, squares_DD, count = sums.get(name, (0.0, 0.0, 0))
-            sums[name] = (total_D + x.sum(0), squares_DD + x.t() @ x, count + len(x))  # type: ignore[assignment]
+            sums[name] = (total_D + x.sum(0), squares_DD + gram(x), count + len(x))  # type: ignore[assignment]
 
         return hook
 
