@@ -274,15 +274,23 @@ def test_what_cannot_be_is_refused_before_any_training(room: Path, tmp_path: Pat
 
 
 def test_a_changed_comparison_is_refused_and_a_grown_one_is_not(
-    finished: tuple[CompareConfig, list[dict[str, Any]]],
+    finished: tuple[CompareConfig, list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, _ = finished
+    config, lines = finished
     with pytest.raises(RunFolderError, match="epochs = 1, now it is 9"):
         compare(dataclasses.replace(config, epochs=9))
     with pytest.raises(RunFolderError, match=r"optim\.lr"):
         compare(dataclasses.replace(config, optim=OptimConfig(batch_size=8, lr=0.5)))
     more = dataclasses.replace(config, methods="l2,l2+l1,l2+lowres", dry_run=True)
+    before = (config.out / "trials.jsonl").read_bytes()
     assert compare(more) == []
+    listed = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("base", "tuning", "final"))]
+    done = {line["key"] for line in lines}
+    for line in listed:
+        _, key, *note = line.split(maxsplit=2)
+        assert (note == ["done"]) == (key in done)
+    assert any("lowres" in line and not line.endswith("done") for line in listed)
+    assert (config.out / "trials.jsonl").read_bytes() == before
 
 
 def test_table_and_page(finished: tuple[CompareConfig, list[dict[str, Any]]], tmp_path: Path) -> None:

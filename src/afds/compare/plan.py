@@ -82,7 +82,7 @@ class CompareConfig:
     """Run the trials on the Ray cluster at this address (HOST:PORT, ray://HOST:PORT, auto); local, or no address,
     starts one here. Photos, weights and --out must be on a file system that all nodes share."""
     dry_run: bool = False
-    """Check all, list the trials and stop."""
+    """Check all, list the trials, with those that are done, and stop."""
     source: str = "resnet50"
     """As `afds fit --source`."""
     small_source: str = ""

@@ -57,8 +57,11 @@ def _compare(c: CompareConfig, console: Console, pool: Executor, slots: int | No
     prints = preflight(c, console)
     plan = make_plan(c)
     if c.dry_run:
+        lines = _read_known(c)
+        todo = to_do(plan, lines)
         for trial in plan:
-            console.print(f"{trial.kind:7} {trial.key}", markup=False)
+            note = "  done" if trial.key in lines else "" if trial.key in todo else "  not needed any more"
+            console.print(f"{trial.kind:7} {trial.key}{note}", markup=False, soft_wrap=True)
         return []
     c.out.mkdir(parents=True, exist_ok=True)
     with alone_in(c.out):
@@ -173,13 +176,17 @@ def _same_precision(c: CompareConfig) -> CompareConfig:
     return dataclasses.replace(c, hardware=hardware)
 
 
-def _known_lines(c: CompareConfig) -> dict[str, dict[str, Any]]:
-    """Lines of trials that are done; one that was cut short by a kill is written out of the file."""
+def _read_known(c: CompareConfig) -> dict[str, dict[str, Any]]:
+    """Lines of trials that are done."""
     path = c.out / "trials.jsonl"
-    if not path.exists():
-        return {}
-    lines = {line["key"]: line for line in read_lines(path) if "key" in line}
-    write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines.values()))
+    return {line["key"]: line for line in read_lines(path) if "key" in line} if path.exists() else {}
+
+
+def _known_lines(c: CompareConfig) -> dict[str, dict[str, Any]]:
+    """The same; one that was cut short by a kill is written out of the file."""
+    lines = _read_known(c)
+    if (c.out / "trials.jsonl").exists():
+        write_atomic(c.out / "trials.jsonl", "".join(json.dumps(line) + "\n" for line in lines.values()))
     return lines
 
 
