@@ -114,10 +114,21 @@ def test_evaluate(run: Path, photos: Path, capsys: Captured) -> None:
     assert result["split"] == "all"
     assert set(result["per_class"]) == set(LABELS)
     assert result["counted_macs"] < result["dense_macs"]
+    assert "mistakes" not in result
     assert main(["evaluate", str(run), str(photos)]) == 0
     out = capsys.readouterr().out
     assert "accuracy" in out
     assert all(label in out for label in LABELS)
+    assert "surest" not in out
+    wrong = round((1 - result["top1"]) * 6)
+    assert wrong
+    assert main(["evaluate", str(run), str(photos), "--mistakes", "1"]) == 0
+    (line,) = capsys.readouterr().out.split("the mistakes that it is surest of:\n")[1].splitlines()
+    assert main(["evaluate", str(run), str(photos), "--mistakes", "99", "--json"]) == 0
+    mistakes = json.loads(capsys.readouterr().out)["mistakes"]
+    assert len(mistakes) == wrong
+    assert mistakes[0]["path"] in line
+    assert f"taken for {mistakes[0]['taken_for']}" in line
 
 
 def test_report(run: Path, capsys: Captured) -> None:

@@ -18,6 +18,7 @@ from afds.data import scan
 from afds.errors import DataError, RunFolderError
 from afds.evaluation import evaluate, evaluate_folder
 from afds.inference import load
+from afds.mistakes import MOST, confusions
 from afds.selection import SelectionConfig
 from runs import LABELS, tiny_network, write_photos, write_run
 
@@ -44,7 +45,17 @@ def test_by_hand() -> None:
     assert metrics.balanced_accuracy == pytest.approx(1 / 3)
     assert metrics.cross_entropy == pytest.approx(float(F.cross_entropy(logits_BK, y_B)))
     assert metrics.cost is None
+    assert (metrics.hits, metrics.said) == ("1100", (0, 0, 1, 0))
+    assert metrics.class_images == (3, 1, 0)
+    assert metrics.confusions == ((0, 1, 1), (1, 0, 1))
+    assert metrics.shares == pytest.approx(logits_BK.softmax(1).amax(1).tolist())
     json.dumps(metrics.to_dict(), allow_nan=False)
+
+
+def test_the_most_frequent_confusion_comes_first_and_not_all_are_kept() -> None:
+    labels, said = [0, 0, 0, 1, 1, 2], [1, 1, 0, 2, 0, 2]
+    assert confusions(labels, said) == ((0, 1, 2), (1, 0, 1), (1, 2, 1))
+    assert len(confusions([0] * 99, list(range(99)))) == MOST
 
 
 def test_top5_where_it_means_something() -> None:
@@ -101,7 +112,17 @@ def test_folder_without_splits(run: Path, tmp_path: Path) -> None:
     right = sum(p.label == path.parent.name for p, path in zip(predicted, photos, strict=True))
     assert result.metrics.top1 == pytest.approx(right / 12)
     assert result.metrics.cost is not None
-    assert result.to_dict()["ratio"] == pytest.approx(result.metrics.cost.ratio)
+    told = result.to_dict()
+    assert told["ratio"] == pytest.approx(result.metrics.cost.ratio)
+    assert told["class_images"] == dict.fromkeys(LABELS, 4)
+    assert all(pair["class"] != pair["taken_for"] for pair in told["confusions"])
+    assert sum(pair["images"] for pair in told["confusions"]) == 12 - right
+    wrong = {path: p for p, path in zip(predicted, photos, strict=True) if p.label != path.parent.name}
+    assert wrong
+    found = result.mistakes()
+    assert {m.path: (m.label, m.said) for m in found} == {p: (p.parent.name, w.label) for p, w in wrong.items()}
+    assert [m.share for m in found] == sorted((m.share for m in found), reverse=True)
+    assert found[0].share == pytest.approx(wrong[found[0].path].top[0][1], abs=1e-5)
 
 
 def test_classes_match_by_name(run: Path, tmp_path: Path) -> None:

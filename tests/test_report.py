@@ -36,7 +36,8 @@ def epochs(*, lost: float = 0.0) -> list[dict[str, Any]]:
 
 def final(**change: Any) -> dict[str, Any]:
     val = {"images": 10_000, "top1": 0.9, "top5": None, "balanced_accuracy": 0.88, "cross_entropy": 0.5,
-           "per_class": [0.9, None, 0.5]}  # fmt: skip
+           "per_class": [0.9, None, 0.5], "class_images": [9000, 0, 1000],
+           "confusions": [[2, 0, 431], [0, 1, 29]]}  # fmt: skip
     return {"kind": "final", "val": val, "test": {**val, "top1": 0.85}, "dense_macs": 2e9, "counted_macs": 4e8,
             "ratio": 5.0, "budget": "5x"} | change  # fmt: skip
 
@@ -141,6 +142,16 @@ def test_says_what_a_reader_asks(run: Path) -> None:
                    "layer4.", "afds fit", "1,200", "seed", "cross-entropy", "blocks (hints)", "mean density d",
                    "predictor", "No accuracy was lost", "counted, not timed"):  # fmt: skip
         assert wanted in text, wanted
+
+
+def test_what_is_taken_for_what(run: Path) -> None:
+    page = write_report(run).read_text()
+    assert "431 of 1,000" in page
+    assert "29 of 9,000" in page
+    for odd in (7, [[2, 0]], [[2, 0, "<b>"]], [[2, 99, 3], [-1, 0, 3]], [[True, 0, 1]], None):
+        val = final()["val"] | {"confusions": odd, "class_images": odd}
+        write_lines(run, [*epochs(), final(val=val, test=None)])
+        assert "most often taken for" not in write_report(run).read_text()
 
 
 @pytest.mark.parametrize(

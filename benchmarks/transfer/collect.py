@@ -20,7 +20,7 @@ from afds.errors import RunFolderError
 from afds.files import write_atomic
 from afds.record import read_lines
 
-LONG = ("per_class", "confusion")  # per class: in the run's report, too long here
+LONG = ("per_class", "class_images", "confusions")  # per class: in the run's report, too long here
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -46,11 +47,14 @@ class Evaluate:
     precision: Literal["float32", "bf16"] = "float32"
     """Of the native runtime's convolutions. bf16: half the memory for weights; `afds measure` tells whether it is
     faster on this CPU."""
+    mistakes: int = 0
+    """Name so many of the photos that it takes for another class, those first of which it is surest."""
     json: bool = False
     """Print JSON in place of a table."""
 
     def __post_init__(self) -> None:
         _at_least("batch-size", self.batch_size, 1)
+        _at_least("mistakes", self.mistakes, 0)
         _native_only(self.precision, self.runtime)
 
 
@@ -212,13 +216,19 @@ def _evaluate(arguments: list[str]) -> int:
         options.runtime, options.precision,
     )  # fmt: skip
     if options.json:
-        print(jsonlib.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False))
+        shown = result.to_dict()
+        if options.mistakes:
+            shown["mistakes"] = [
+                {"path": str(m.path), "class": m.label, "taken_for": m.said, "share": m.share}
+                for m in result.mistakes()[: options.mistakes]
+            ]
+        print(jsonlib.dumps(shown, ensure_ascii=False, allow_nan=False))
     else:
-        _show(result)
+        _show(result, options.mistakes)
     return 0
 
 
-def _show(result: FolderResult) -> None:
+def _show(result: FolderResult, mistakes: int) -> None:
     console, metrics, cost = Console(highlight=False), result.metrics, result.metrics.cost
     table = Table(title=f"{metrics.images} images ({result.split})", show_header=False)
     table.add_row("accuracy", f"{metrics.top1:.1%}")
@@ -230,13 +240,22 @@ def _show(result: FolderResult) -> None:
         table.add_row("MACs per image", f"{cost.counted / 1e6:.1f} M of {cost.dense / 1e6:.1f} M dense")
         table.add_row("fewer MACs", f"{cost.ratio:.2f}x")
     console.print(table)
-    shares = zip(metrics.per_class, result.labels, strict=True)
-    known = sorted((share, label) for share, label in shares if share is not None)
+    shares = zip(metrics.per_class, result.labels, metrics.class_images, strict=True)
+    known = sorted((share, label, images) for share, label, images in shares if share is not None)
     shown = known if len(known) <= ALL_CLASSES else known[: ALL_CLASSES // 2]
     title = "accuracy by class" if shown == known else f"the {len(shown)} weakest of {len(known)} classes"
-    console.print(f"{title}:", markup=False)
-    for share, label in shown:
-        console.print(f"  {share:6.1%}  {label}", markup=False, soft_wrap=True)
+    say = partial(console.print, markup=False, soft_wrap=True)
+    say(f"{title}:")
+    for share, label, images in shown:
+        say(f"  {share:6.1%} of {images:4}  {label}")
+    if metrics.confusions:
+        say("most often taken for another:")
+    for a, b, count in metrics.confusions[: ALL_CLASSES // 4]:
+        say(f"  {count:6} of {metrics.class_images[a]:4}  {result.labels[a]} taken for {result.labels[b]}")
+    if mistakes:
+        say("the mistakes that it is surest of:")
+    for mistake in result.mistakes()[:mistakes]:
+        say(f"  {mistake.share:6.1%}  {mistake.path}: taken for {mistake.said}")
     for note in result.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
 

@@ -30,6 +30,7 @@ from afds.data import (
 )  # fmt: skip
 from afds.errors import AfdsError, DataError
 from afds.inference import Model
+from afds.mistakes import Mistake, confusions, surest
 
 Meter = Callable[[Tensor], tuple[Tensor, Cost]]  # images (B, 3, H, W) -> logits (B, classes), cost of this batch
 SPLITS = ("auto", "test", "val", "train", "all")
@@ -54,14 +55,24 @@ class Metrics:
     """MACs on these images, where they were counted."""
     hits: str = ""
     """`1` for each image that was right, `0` for each that was not, in order: for paired comparisons."""
+    class_images: tuple[int, ...] = ()
+    """Images of each class."""
+    confusions: tuple[tuple[int, int, int], ...] = ()
+    """(class, class it was taken for, images): the most frequent pairs."""
+    said: tuple[int, ...] = ()
+    """The class of the largest logit, image by image."""
+    shares: tuple[float, ...] = ()
+    """Its probability; 0 where the network's output is not a number."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data without the cost and the hits; numbers that are not finite become None."""
+        """Plain data without the cost and what is there for every image; numbers that are not finite become None."""
         names = ("images", "top1", "top5", "balanced_accuracy", "cross_entropy")
         values = {name: getattr(self, name) for name in names}
         if self.cross_entropy != self.cross_entropy or abs(self.cross_entropy) == float("inf"):
             values["cross_entropy"] = None
-        return {**values, "per_class": list(self.per_class)}
+        pairs = [list(pair) for pair in self.confusions]
+        return {**values, "per_class": list(self.per_class), "class_images": list(self.class_images),
+                "confusions": pairs}  # fmt: skip
 
 
 @torch.no_grad()
@@ -94,7 +105,10 @@ def evaluate(
     entropy = SumMetric(nan_strategy="disable", sync_on_compute=False).to(device)
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
-    cost, seen, hits = Cost(), 0, []
+    cost, seen = Cost(), 0
+    labels: list[Tensor] = []
+    said: list[Tensor] = []
+    shares: list[Tensor] = []
     try:
         meter = count_macs if callable(count_macs) else CostMeter(network) if count_macs else None
         for x_BCHW, y_B in batches:
@@ -106,7 +120,9 @@ def evaluate(
                 logits_BK = network(x_BCHW)
             logits_BK = logits_BK.float()
             scores.update(logits_BK.argmax(1), y_B)
-            hits.append(logits_BK.argmax(1) == y_B)
+            labels.append(y_B.cpu())
+            said.append(logits_BK.argmax(1).cpu())
+            shares.append(logits_BK.softmax(1).amax(1).nan_to_num(0.0).cpu())
             if top5 is not None:
                 top5.update(logits_BK, y_B)
             entropy.update(F.cross_entropy(logits_BK, y_B, reduction="sum"))
@@ -122,6 +138,7 @@ def evaluate(
     recalls = [int(r) / int(n) if n else None for r, n in zip(right_C, support_C, strict=True)]
     present = [recall for recall in recalls if recall is not None]
     images = int(support_C.sum())
+    label_list, said_list = torch.cat(labels).tolist(), torch.cat(said).tolist()
     return Metrics(
         images=images,
         top1=int(right_C.sum()) / images,
@@ -130,7 +147,11 @@ def evaluate(
         cross_entropy=float(entropy.compute()) / images,
         per_class=tuple(recalls),
         cost=cost if meter is not None else None,
-        hits="".join("1" if hit else "0" for hit in torch.cat(hits).tolist()),
+        hits="".join("1" if a == b else "0" for a, b in zip(label_list, said_list, strict=True)),
+        class_images=tuple(int(n) for n in support_C),
+        confusions=confusions(label_list, said_list),
+        said=tuple(said_list),
+        shares=tuple(torch.cat(shares).tolist()),
     )
 
 
@@ -144,11 +165,22 @@ class FolderResult:
     """Class names in the order of `metrics.per_class`."""
     notes: tuple[str, ...]
     """What a reader of the figures should know, one sentence each."""
+    items: tuple[Item, ...] = ()
+    """The images, in the order of `metrics.said`."""
+
+    def mistakes(self) -> tuple[Mistake, ...]:
+        """The images that were taken for another class, those first of which the network is surest."""
+        m, items = self.metrics, self.items
+        return surest([i.path for i in items], [i.label for i in items], m.said, m.shares, self.labels)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: the metrics, the MACs, and the accuracy by class name."""
+        """Plain data: the metrics, the MACs; accuracy, images and confusions by class name."""
         values = self.metrics.to_dict()
         per_class = dict(zip(self.labels, values.pop("per_class"), strict=True))
+        values["class_images"] = dict(zip(self.labels, values["class_images"], strict=True))
+        values["confusions"] = [
+            {"class": self.labels[a], "taken_for": self.labels[b], "images": n} for a, b, n in values["confusions"]
+        ]
         cost = self.metrics.cost
         macs = {}
         if cost is not None:
@@ -192,7 +224,7 @@ def evaluate_folder(
 
         meter = ExecutedMacs(model.executor, model.network, reference)
     metrics = evaluate(model.network, loader, len(run.labels), device, count_macs=meter, progress=progress)
-    return FolderResult(chosen, metrics, run.labels, tuple(notes))
+    return FolderResult(chosen, metrics, run.labels, tuple(notes), items)
 
 
 def labelled_items(run: Run, data_path: Path | str, split: str = "auto") -> tuple[str, tuple[Item, ...], list[str]]:

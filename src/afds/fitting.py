@@ -129,7 +129,9 @@ def read_result(out: Path) -> FitResult:
 
 def _metrics(saved: dict[str, Any], hits: str = "") -> Metrics:
     entropy = float("nan") if saved["cross_entropy"] is None else saved["cross_entropy"]
-    return Metrics(**{**saved, "cross_entropy": entropy, "per_class": tuple(saved["per_class"]), "hits": hits})
+    lists = {name: tuple(saved.get(name, ())) for name in ("per_class", "class_images")}
+    pairs = tuple((a, b, n) for a, b, n in saved.get("confusions", ()))
+    return Metrics(**{**saved, **lists, "cross_entropy": entropy, "confusions": pairs, "hits": hits})
 
 
 def _resumed(run: Path) -> FitConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from string import Template
 
@@ -176,23 +176,49 @@ def _winners(facts: Facts) -> str:
 
 
 def _classes(facts: Facts) -> str:
-    """The weakest classes, on the test images where there are some."""
+    """The weakest classes, and what is taken for what, on the test images where there are some."""
     for split, name in (("test", "test"), ("val", "validation")):
-        shares = sub(facts.final, split).get("per_class")
+        found = sub(facts.final, split)
+        shares, images = found.get("per_class"), found.get("class_images")
         if not isinstance(shares, list):
             continue
-        known = [(number(s), label) for s, label in zip(shares, facts.labels, strict=False)]
-        ranked = sorted(((s, label) for s, label in known if s is not None), key=lambda pair: pair[0])
+        counts = images if isinstance(images, list) and len(images) == len(shares) else [None] * len(shares)
+        known = [(number(s), label, number(n)) for s, label, n in zip(shares, facts.labels, counts, strict=False)]
+        ranked = sorted(((s, label, n) for s, label, n in known if s is not None), key=lambda row: row[0])
         if ranked:
             few = len(ranked) > WEAKEST
             title = f"the {WEAKEST} weakest of {len(ranked)} classes" if few else "class"
-            head = f'<th>{title}</th><th class="bar">accuracy, {name} images</th>'
+            head = f'<th>{title}</th><th class="num">images</th><th class="bar">accuracy, {name} images</th>'
             rows = "".join(
-                f'<tr><td class="name">{text(label)}</td><td class="bar">{layers.bar(s)}</td></tr>'
-                for s, label in ranked[:WEAKEST]
+                f'<tr><td class="name">{text(label)}</td><td class="num">{_count(n)}</td>'
+                f'<td class="bar">{layers.bar(s)}</td></tr>'
+                for s, label, n in ranked[:WEAKEST]
             )
-            return f'<table class="classes"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+            table = f'<table class="classes"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+            return table + _confusions(found, facts.labels, counts)
     return ""
+
+
+def _confusions(found: Mapping[str, object], labels: Sequence[str], counts: Sequence[object]) -> str:
+    """What is most often taken for what."""
+    rows = ""
+    pairs = found.get("confusions")
+    for pair in pairs[:WEAKEST] if isinstance(pairs, list) else ():
+        if not (isinstance(pair, list) and len(pair) == 3 and all(type(i) is int for i in pair)):
+            continue
+        a, b, n = pair
+        if 0 <= a < len(labels) and 0 <= b < len(labels):
+            of = number(counts[a]) if a < len(counts) else None
+            rows += (f'<tr><td class="name">{text(labels[a])}</td><td class="name">{text(labels[b])}</td>'
+                     f'<td class="num">{_count(n)} of {_count(of)}</td></tr>')  # fmt: skip
+    if not rows:
+        return ""
+    head = '<th>class</th><th>most often taken for</th><th class="num">images</th>'
+    return f'<table class="classes"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+
+
+def _count(n: float | None) -> str:
+    return "" if n is None else f"{n:,.0f}"
 
 
 def _photos(facts: Facts) -> str:
