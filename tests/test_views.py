@@ -130,6 +130,7 @@ def test_a_run_on_smaller_images_meets_its_budget_and_resumes(place: Path, monke
     assert result.cost.counted == pytest.approx(counted)
     assert 3 <= full / counted < 4
     assert (run.preprocess.input_size, dense.preprocess.input_size) == (24, 32)
+    assert (run.preprocess.resize, dense.preprocess.resize) == (26, 35)  # not the source's: the crops are ours
     (stage,) = [json.loads(s) for s in (place / "whole/metrics.jsonl").read_text().splitlines() if '"stage"' in s]
     assert stage["ratio"] == pytest.approx(result.cost.ratio)
     assert "24 px, dense 32 px" in (place / "whole/report.html").read_text()

@@ -388,7 +388,8 @@ class Setup:
         p = self._preprocess_of_run
         if p is None:
             assert self._pretrained_cfg is not None
-            return Preprocess.for_source(self._pretrained_cfg, size or None)
+            p, d = Preprocess.for_source(self._pretrained_cfg, size or None), self.config.data_options
+            return p.as_large_as_in(d.scale) if d.crop == "resized" else p
         if size in (0, p.input_size):
             return p
         return p.at(size)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import afds  # noqa: F401
@@ -26,6 +28,16 @@ def test_for_source():
     assert (small.input_size, small.resize, small.shrink_to) == (128, 146, 192)
     assert Preprocess.for_source({}, 100).resize == 114
     assert Preprocess.for_source({**IMAGENET, "crop_pct": 1.0}).resize == 224
+
+
+@pytest.mark.parametrize(("least_area", "resize"), [(0.35, 246), (0.08, 306), (1.0, 224)])
+def test_things_appear_as_large_as_in_training_crops(least_area, resize):
+    source = Preprocess.for_source({**IMAGENET, "crop_pct": 0.95})
+    found = source.as_large_as_in(least_area)
+    assert found.resize == pytest.approx(resize, abs=1)
+    assert replace(found, resize=source.resize) == source
+    areas = np.random.default_rng(0).uniform(least_area, 1, 100_000)  # what the formula says, drawn
+    assert found.resize / 224 == pytest.approx(max(1, 0.875 * (areas**-0.5).mean()), abs=0.01)
 
 
 @pytest.mark.parametrize(

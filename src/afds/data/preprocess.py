@@ -14,6 +14,7 @@ Triple = tuple[float, float, float]
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 _SIZES = range(8, 4097)  # pixels; outside of it nothing is meant, and 10**9 would only fill the memory
 _RESIZE_RATIO = 1.14  # 256 / 224, where the source does not say
+NOT_SQUARE = 0.875  # sqrt(short side / long side): 1 of a square, 0.87 of 4 x 3, 0.82 of 3 x 2
 _SHRINK_RATIO = 1.5  # a random crop of 0.4 of the area still needs no upscaling
 
 
@@ -78,6 +79,19 @@ class Preprocess:
     def at(self, side: int) -> Preprocess:
         """The same for images of another side, in pixels."""
         return replace(self, input_size=side, resize=max(side, round(self.resize * side / self.input_size)))
+
+    def as_large_as_in(self, least_area: float) -> Preprocess:
+        """The same for a network that learns from resized crops: things appear as large as they do, in the mean, there.
+
+        A crop of the share a of a photo, drawn from [s, 1] and resized to the network's side, magnifies by 1 / sqrt(a),
+        in the mean 2 / (1 + sqrt(s)), beside the central cut of the whole; that photos are not square takes an eighth.
+        Touvron et al., *Fixing the train-test resolution discrepancy*, NeurIPS 2019; the formula is ours
+        (docs/accuracy.md).
+
+        least_area: s, in (0, 1].
+        """
+        ratio = max(1.0, NOT_SQUARE * 2 / (1 + math.sqrt(least_area)))
+        return replace(self, resize=round(ratio * self.input_size))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
