@@ -51,7 +51,8 @@ class DataConfig:
     crop: Literal["resized", "random"] = "resized"
     """Training crops. resized: a random part at a random scale; random: resize, then a random square (DELTA)."""
     scale: float = 0.35
-    """Smallest area of a `resized` training crop, as a share of the image."""
+    """Smallest area of a `resized` training crop, as a share of the image. Evaluated photos are resized so that things
+    appear as large as in these crops (ours)."""
     flip: bool = True
     """Mirror training images at random."""
     colour: float = 0.0
