@@ -3,9 +3,9 @@
 ::
 
     dense      as timm builds it; batch norms have seen an image, so that features are alive
-    settled    today's default: one set of channels for all images, the rest cut away, predicted scales kept
+    settled    one set of channels for all images, the rest cut away, scales predicted (`--descent.scales predicted`)
     low_rank   the same with `--selection.predictor low-rank`
-    cheap      the same with `--descent.scales cheap`: predictors of 3 x 3 convolutions only, other scales constants
+    cheap      today's default: the same with predictors of 3 x 3 convolutions only, other scales constants
     learned    the same with `--descent.scales learned`: scales are constants, no predictors
     choosing   `--descent.no-settle`, the paper's way: every image has winners of its own
 """

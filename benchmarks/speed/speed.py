@@ -36,7 +36,7 @@ class Options:
     networks: tuple[str, ...] = ("resnet18", "resnet50", "resnet101")
     ratios: tuple[float, ...] = (5.0, 10.0)
     """How many times fewer MACs."""
-    kinds: tuple[Literal["settled", "cheap", "learned", "choosing"], ...] = ("settled",)
+    kinds: tuple[Literal["settled", "cheap", "learned", "choosing"], ...] = ("cheap",)
     input_size: int = 224
     threads: tuple[int, ...] = ()
     """By default one, and all cores."""

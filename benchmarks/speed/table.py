@@ -21,8 +21,8 @@ from afds.record import read_lines
 
 Line = dict[str, Any]
 KINDS = {
-    "settled": "Settled, today's default",
-    "cheap": "Settled, scales predicted where that is cheap (`--descent.scales cheap`)",
+    "settled": "Settled, all scales predicted (`--descent.scales predicted`)",
+    "cheap": "Settled, today's default: scales predicted where that is cheap",
     "learned": "Settled, scales learned (`--descent.scales learned`)",
     "choosing": "Choosing per image (`--descent.no-settle`)",
 }

@@ -162,10 +162,10 @@ class DescentConfig:
     """Side of the images that a settled network looks at, in pixels; the dense network that it learns from sees
     --data-options.input-size, and the budget counts against that. 0: from 4x on seven eighths of that side, else all of
     it (ours)."""
-    scales: Literal["predicted", "cheap", "learned"] = "predicted"
+    scales: Literal["predicted", "cheap", "learned"] = "cheap"
     """Settling: what stays is scaled for every image by its `predicted` saliency, or by a `learned` constant, as in a
     batch norm, which costs nothing at run time (ours); `cheap`: predicted where the predictor has at most a quarter as
-    many weights as the convolution (3 x 3, not 1 x 1), learned elsewhere."""
+    many weights as the convolution (3 x 3, not 1 x 1), learned elsewhere. Without settling all are predicted."""
     start: float = 0.05
     """Without settling: share of the epochs at d = 1."""
     end: float = 0.5
@@ -199,7 +199,7 @@ class DescentConfig:
                  "0 or a number of pixels from 16 to 2048")  # fmt: skip
         _require(self.settle or not self.input_size, "descent.input-size", self.input_size,
                  "0 without settling: only a settled network looks at smaller images than its teacher")  # fmt: skip
-        _require(self.settle or self.scales == "predicted", "descent.scales", self.scales,
+        _require(self.settle or self.scales != "learned", "descent.scales", self.scales,
                  "predicted without settling: a choice for every image needs saliencies")  # fmt: skip
         _require(1 <= self.multiple_of <= 64, "descent.multiple-of", self.multiple_of, "from 1 to 64")
         _require(self.trials >= 0, "descent.trials", self.trials, "0 or more")

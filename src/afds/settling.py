@@ -11,14 +11,14 @@
     x --+--> conv1 --> conv2 --+--> sum        before: each unit its own winners, their union is carried along
         '----------------------'               after:  one set, so stream, readers and writers are narrow
 
-What stays keeps its predicted saliency: pi = h(x) still scales every channel image by image, as in
+What stays can keep its predicted saliency: pi = h(x) still scales every channel image by image, as in
 squeeze-and-excitation, at the predictor's cost. Why: in every network that we trained with a free choice two images
 shared 99 % of their winners, freezing the winners cost nothing and freezing the scales up to 4 points, and a narrow
 network trains several times faster than a masked one (docs/accuracy-history.md). The choice that FBS and the paper
 leave open for every image stays available (`--descent.no-settle`, `afds-paper`, `fbs`). With `--descent.scales learned`
-the scales are constants that learn, as a batch norm's do, and nothing depends on the image any more; with `cheap` those
-of the layers whose predictor would have nearly as many weights to read as they have themselves: a C_in x C_out matrix
-doubles what a 1 x 1 convolution reads, and is a ninth of a 3 x 3 one.
+the scales are constants that learn, as a batch norm's do, and nothing depends on the image any more. With `cheap`, the
+default, this holds for the layers whose predictor would have nearly as many weights to read as they have themselves: a
+C_in x C_out matrix doubles what a 1 x 1 convolution reads, and is a ninth of a 3 x 3 one.
 """
 
 from __future__ import annotations
