@@ -148,6 +148,9 @@ def test_what_is_taken_for_what(run: Path) -> None:
     page = write_report(run).read_text()
     assert "431 of 1,000" in page
     assert "29 of 9,000" in page
+    val = final()["val"] | {"confusions": [[2, 0, 10**400]], "class_images": [10**400, 1, 2]}
+    write_lines(run, [*epochs(), final(val=val, test=None)])
+    assert "most often taken for" in write_report(run).read_text()
     for odd in (7, [[2, 0]], [[2, 0, "<b>"]], [[2, 99, 3], [-1, 0, 3]], [[True, 0, 1]], None):
         val = final()["val"] | {"confusions": odd, "class_images": odd}
         write_lines(run, [*epochs(), final(val=val, test=None)])

@@ -120,9 +120,9 @@ def evaluate(
                 logits_BK = network(x_BCHW)
             logits_BK = logits_BK.float()
             scores.update(logits_BK.argmax(1), y_B)
-            labels.append(y_B.cpu())
-            said.append(logits_BK.argmax(1).cpu())
-            shares.append(logits_BK.softmax(1).amax(1).nan_to_num(0.0).cpu())
+            labels.append(y_B)
+            said.append(logits_BK.argmax(1))
+            shares.append(logits_BK.softmax(1).amax(1).nan_to_num(0.0))
             if top5 is not None:
                 top5.update(logits_BK, y_B)
             entropy.update(F.cross_entropy(logits_BK, y_B, reduction="sum"))

@@ -210,7 +210,7 @@ def _confusions(found: Mapping[str, object], labels: Sequence[str], counts: Sequ
         if 0 <= a < len(labels) and 0 <= b < len(labels):
             of = number(counts[a]) if a < len(counts) else None
             rows += (f'<tr><td class="name">{text(labels[a])}</td><td class="name">{text(labels[b])}</td>'
-                     f'<td class="num">{_count(n)} of {_count(of)}</td></tr>')  # fmt: skip
+                     f'<td class="num">{_count(number(n))} of {_count(of)}</td></tr>')  # fmt: skip
     if not rows:
         return ""
     head = '<th>class</th><th>most often taken for</th><th class="num">images</th>'
