@@ -26,12 +26,11 @@ void Engine::conv(const Run &run, const Conv &c, int op) const {
 
 float *Engine::part(Floats &of, int t) const { return of.data() + size_t(t) * round_up(widest_, kRound); }
 
-// h = W p + b in parts, one a thread: each reads the sums of a share of the inputs, and their rows from end to end.
+// h = W p + b in parts: each reads the sums of a share of the inputs, and their rows from end to end.
 void Engine::predict(const Run &run, const Conv &c) const {
   const Gate &g = c.gate;
   Workspace &ws = run.ws;
   const Active &a = ws.active[c.x];
-  float *p = part(ws.p, run.t), *h = part(ws.h, run.t);
   auto product = [&](float *h, int n, Share mine, const PredictorRows &w, const float *p, const int32_t *list) {
     const float *rows[kChunk];
     const uint16_t *halves[kChunk];
@@ -48,21 +47,27 @@ void Engine::predict(const Run &run, const Conv &c) const {
     }
   };
   const int n = static_cast<int>(g.dynamic.size());
-  const Share inputs = share(a.n, run.t, run.n);
-  pooled(run, c.x, inputs.begin, inputs.end, p);
-  for (int i = inputs.begin; i < inputs.end; ++i) p[i] *= g.scale.data()[a.list[i]];
-  if (run.t == 0) std::copy(g.bias.data(), g.bias.data() + n, h);
-  else std::fill(h, h + n, 0.0f);
-  if (!g.rank) return product(h, n, inputs, g.weight_rows, p, a.list.data());
-  float *r = part(ws.r, run.t);
-  std::fill(r, r + g.rank, 0.0f);
-  product(r, g.rank, inputs, g.reduce_rows, p, a.list.data());
+  run.parts([&](int i) {
+    const Share inputs = share(a.n, i, run.n);
+    float *p = part(ws.p, i), *h = part(ws.h, i), *r = part(ws.r, i);
+    pooled(run, c.x, inputs.begin, inputs.end, p);
+    for (int j = inputs.begin; j < inputs.end; ++j) p[j] *= g.scale.data()[a.list[j]];
+    if (i == 0) std::copy(g.bias.data(), g.bias.data() + n, h);
+    else std::fill(h, h + n, 0.0f);
+    if (!g.rank) return product(h, n, inputs, g.weight_rows, p, a.list.data());
+    std::fill(r, r + g.rank, 0.0f);
+    product(r, g.rank, inputs, g.reduce_rows, p, a.list.data());
+  });
+  if (!g.rank) return;
   run.wait();
-  const Share mine = share(g.rank, run.t, run.n);
-  std::fill(p + mine.begin, p + mine.end, 0.0f);
-  for (int t = 0; t < run.n; ++t)
-    for (int i = mine.begin; i < mine.end; ++i) p[i] += part(ws.r, t)[i];
-  product(h, n, mine, g.weight_rows, p, nullptr);
+  run.parts([&](int i) {
+    const Share mine = share(g.rank, i, run.n);
+    float *p = part(ws.p, i);
+    std::fill(p + mine.begin, p + mine.end, 0.0f);
+    for (int t = 0; t < run.n; ++t)
+      for (int j = mine.begin; j < mine.end; ++j) p[j] += part(ws.r, t)[j];
+    product(part(ws.h, i), n, mine, g.weight_rows, p, nullptr);
+  });
 }
 
 // One thread: the winners, their scales, the steps of the product, and what all this costs.
@@ -240,8 +245,7 @@ void Engine::stage(const Run &run, const Conv &c) const {
   const Layout &l = layout(c.x), &s = c.stage;
   const Active &x = run.ws.active[c.x];
   const int phases = static_cast<int>(c.phases.size());
-  const Share mine = share((c.halves ? x.n_pairs : x.n) * phases, run.t, run.n);
-  for (int j = mine.begin; j < mine.end; ++j) {
+  auto copy = [&](int j) {
     const int i = j / phases, ph = c.phases[j % phases], dy = ph / c.stride, dx = ph % c.stride;
     const float *from = c.halves ? reinterpret_cast<const float *>(words(run.ws, c.x, x.pair[i]))
                                  : plane(run.ws, c.x, x.list[i]);
@@ -251,7 +255,11 @@ void Engine::stage(const Run &run, const Conv &c) const {
     const int width = std::max(0, std::min(s.width, (l.width - dx + c.stride - 1) / c.stride));
     table_.stage(to + s.lead, s.pitch, from + dy * l.pitch + dx, l.pitch * c.stride, height, width, c.stride);
     std::fill(to + s.lead + height * s.pitch, to + s.plane, 0.0f);
-  }
+  };
+  run.parts([&](int part) {
+    const Share mine = share((c.halves ? x.n_pairs : x.n) * phases, part, run.n);
+    for (int j = mine.begin; j < mine.end; ++j) copy(j);
+  });
 }
 
 bool Engine::makes_weights(const Active &x) const { return x.by_list || !pairs_->words; }
@@ -568,8 +576,7 @@ void Engine::finish(const Run &run, const Conv &c) const {
   const uint32_t *mask = buffers_[y.buffer].mask.data();
   const int pixels = layout(c.y).pixels;
   float *line = ws.pointers[run.t].line.data();
-  const Share mine = share_pairs(ws.n_only, run.t, run.n, [&](int i) { return ws.only[i] / 2; });
-  for (int i = mine.begin; i < mine.end; ++i) {
+  auto channel = [&](int i) {
     const int k = ws.only[i];
     const float *from = line;
     if (res.floats) from = plane(ws, c.res, k);
@@ -577,7 +584,11 @@ void Engine::finish(const Run &run, const Conv &c) const {
     float *to = y.floats ? plane(ws, c.y, k) : line;
     table_.eltwise(to, from, 1.0f, nullptr, mask, pixels, c.act, y.pooled ? one_sum(ws, c.y, k) : nullptr);
     if (halves) table_.halve(half(ws, c.y, i, k), to, pixels);
-  }
+  };
+  run.parts([&](int part) {
+    const Share mine = share_pairs(ws.n_only, part, run.n, [&](int i) { return ws.only[i] / 2; });
+    for (int i = mine.begin; i < mine.end; ++i) channel(i);
+  });
 }
 
 }  // namespace afds

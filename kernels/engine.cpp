@@ -13,7 +13,7 @@ Engine::Engine(int threads, const std::string &isa, bool bf16)
     : table_(choose_table(isa, bf16)),
       pairs_(bf16 ? &choose_pairs(isa, table_) : nullptr),
       threads_(threads),
-      pool_(threads) {}
+      team_(threads) {}
 
 std::unique_ptr<Workspace> Engine::make_workspace() const {
   auto ws = std::make_unique<Workspace>();
@@ -91,40 +91,34 @@ void Engine::give(std::unique_ptr<Workspace> ws) {
 void Engine::run(const float *x, int batch, float *out) { run_counted(x, batch, out, nullptr); }
 
 void Engine::run_counted(const float *x, int batch, float *out, int64_t *macs) {
-  const size_t pixels = size_t(channels()) * height() * width(), n_ops = ops_.size();
   if (batch < threads_ || threads_ == 1) {  // all threads on one image after the other
     auto ws = take();
-    pool_.run([&](int t) {
-      const Run run{*ws, t, threads_, &pool_.barrier()};
-      for (int b = 0; b < batch; ++b) {
-        image(run, x + b * pixels, out + size_t(b) * classes_);
-        if (macs && t == 0) std::copy(ws->macs.begin(), ws->macs.end(), macs + b * n_ops);
-      }
-    });
+    team_.in_step(steps(batch), [&](int t, int64_t i) { step(Run{*ws, t, threads_, &team_}, i, x, out, macs); });
     return give(std::move(ws));
   }
   std::vector<std::unique_ptr<Workspace>> own;  // each thread on images of its own
   for (int t = 0; t < threads_; ++t) own.push_back(take());
   std::atomic<int> next{0};
-  pool_.run([&](int t) {
+  team_.apart([&](int t) {
     const Run run{*own[t], 0, 1, nullptr};
-    for (int b; (b = next.fetch_add(1)) < batch;) {
-      image(run, x + b * pixels, out + size_t(b) * classes_);
-      if (macs) std::copy(own[t]->macs.begin(), own[t]->macs.end(), macs + b * n_ops);
-    }
+    for (int b; (b = next.fetch_add(1)) < batch;)
+      for (int64_t i = steps(b); i < steps(b + 1); ++i) step(run, i, x, out, macs);
   });
   for (auto &ws : own) give(std::move(ws));
 }
 
 void Engine::run_profiled(const float *x, int batch, float *out, double *seconds) {
-  const size_t pixels = size_t(channels()) * height() * width();
   auto ws = take();
   ws->profile = true;
   std::fill(ws->seconds.begin(), ws->seconds.end(), 0.0);
-  pool_.run([&](int t) {
-    const Run run{*ws, t, threads_, &pool_.barrier()};
-    for (int b = 0; b < batch; ++b) image(run, x + b * pixels, out + size_t(b) * classes_);
+  team_.in_step(steps(batch), [&](int t, int64_t i) {
+    const Run run{*ws, t, threads_, &team_};
+    const int op = static_cast<int>(i % (ops() + 1)) - 1;  // -1: the image is loaded
+    if (i > 0 && op != 0) Watch(run, (op < 0 ? ops() : op) - 1, ws->done).lap(kWait);  // for the others, in the step before
+    step(run, i, x, out, nullptr);
+    if (t == 0) ws->done = std::chrono::steady_clock::now();
   });
+  Watch(Run{*ws, 0, threads_, &team_}, ops() - 1, ws->done).lap(kWait);
   ws->profile = false;
   std::copy(ws->seconds.begin(), ws->seconds.end(), seconds);
   give(std::move(ws));
@@ -133,29 +127,26 @@ void Engine::run_profiled(const float *x, int batch, float *out, double *seconds
 void Engine::run_recorded(const float *x, float *out, std::vector<std::vector<int32_t>> &chosen) {
   auto ws = take();
   ws->record = true;
-  pool_.run([&](int t) { image(Run{*ws, t, threads_, &pool_.barrier()}, x, out); });
+  team_.in_step(steps(1), [&](int t, int64_t i) { step(Run{*ws, t, threads_, &team_}, i, x, out, nullptr); });
   ws->record = false;
   chosen = ws->chosen;
   give(std::move(ws));
 }
 
-void Engine::image(const Run &run, const float *x, float *out) const {
-  load(run, x);
-  run.wait();
-  for (size_t i = 0; i < ops_.size(); ++i) {
-    const int op = static_cast<int>(i), j = ops_[i].index;
-    switch (ops_[i].kind) {
-      case Op::kConv: conv(run, convs_[j], op); break;
-      case Op::kPool: pool(run, pools_[j], op); break;
-      case Op::kMean: mean(run, means_[j], op); break;
-      case Op::kAdd: add(run, adds_[j], op); break;
-      case Op::kSe: se(run, ses_[j], op); break;
-      case Op::kLinear: linear(run, linears_[j], op, out); break;
-    }
-    Watch watch(run, op);
-    run.wait();
-    watch.lap(kWait);
+void Engine::step(const Run &run, int64_t step, const float *x, float *out, int64_t *macs) const {
+  const int64_t b = step / (ops() + 1);
+  const int op = static_cast<int>(step % (ops() + 1)) - 1;
+  if (op < 0) return load(run, x + size_t(b) * channels() * height() * width());
+  const int j = ops_[op].index;
+  switch (ops_[op].kind) {
+    case Op::kConv: conv(run, convs_[j], op); break;
+    case Op::kPool: pool(run, pools_[j], op); break;
+    case Op::kMean: mean(run, means_[j], op); break;
+    case Op::kAdd: add(run, adds_[j], op); break;
+    case Op::kSe: se(run, ses_[j], op); break;
+    case Op::kLinear: linear(run, linears_[j], op, out + size_t(b) * classes_); break;
   }
+  if (macs && op + 1 == ops() && run.t == 0) std::copy(run.ws.macs.begin(), run.ws.macs.end(), macs + b * ops());
 }
 
 void Engine::load(const Run &run, const float *x) const {
@@ -165,31 +156,33 @@ void Engine::load(const Run &run, const float *x) const {
     set_all(run.ws, input_);
   }
   run.wait();  // which pairs there are
-  const Share mine = share(l.height, run.t, run.n);
-  for (int c = 0; c < n; ++c) {
-    float *to = plane(run.ws, input_, c), *s = sum(run.ws, input_, c, run.t);
-    std::fill(s, s + kSumLanes, 0.0f);
-    if (run.t == 0) slots(run.ws, input_, c) = run.n;
-    for (int y = mine.begin; y < mine.end; ++y) {
-      const float *row = x + (size_t(c) * l.height + y) * l.width;
-      float *at = to + y * l.pitch;
-      std::memcpy(at, row, sizeof(float) * l.width);
-      if (values_[input_].pooled) {
-        float lanes[kSumLanes] = {};
-        int i = 0;
-        for (; i + kSumLanes <= l.width; i += kSumLanes)
-          for (int j = 0; j < kSumLanes; ++j) lanes[j] += row[i + j];
-        for (; i < l.width; ++i) lanes[0] += row[i];
-        for (int j = 0; j < kSumLanes; ++j) s[j] += lanes[j];
+  run.parts([&](int part) {
+    const Share mine = share(l.height, part, run.n);
+    for (int c = 0; c < n; ++c) {
+      float *to = plane(run.ws, input_, c), *s = sum(run.ws, input_, c, part);
+      std::fill(s, s + kSumLanes, 0.0f);
+      if (part == 0) slots(run.ws, input_, c) = run.n;
+      for (int y = mine.begin; y < mine.end; ++y) {
+        const float *row = x + (size_t(c) * l.height + y) * l.width;
+        float *at = to + y * l.pitch;
+        std::memcpy(at, row, sizeof(float) * l.width);
+        if (values_[input_].pooled) {
+          float lanes[kSumLanes] = {};
+          int i = 0;
+          for (; i + kSumLanes <= l.width; i += kSumLanes)
+            for (int j = 0; j < kSumLanes; ++j) lanes[j] += row[i + j];
+          for (; i < l.width; ++i) lanes[0] += row[i];
+          for (int j = 0; j < kSumLanes; ++j) s[j] += lanes[j];
+        }
+      }
+      if (values_[input_].pairing != Pairing::kNone && mine.size()) {  // with the zeros between the rows
+        Half to = half(run.ws, input_, c, c);
+        const int first = mine.begin * l.pitch;
+        to.words += first;
+        table_.halve(to, plane(run.ws, input_, c) + first, (mine.size() - 1) * l.pitch + l.width);
       }
     }
-    if (values_[input_].pairing != Pairing::kNone && mine.size()) {  // with the zeros between the rows
-      Half to = half(run.ws, input_, c, c);
-      const int first = mine.begin * l.pitch;
-      to.words += first;
-      table_.halve(to, plane(run.ws, input_, c) + first, (mine.size() - 1) * l.pitch + l.width);
-    }
-  }
+  });
 }
 
 Half Engine::half(Workspace &ws, int value, int i, int c) const {

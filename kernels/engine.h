@@ -10,6 +10,7 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -195,20 +196,26 @@ struct Workspace {
   int n_rows = 0, n_only = 0;
   std::vector<int64_t> macs;                // by op, of the latest image
   std::vector<double> seconds;              // by op and part, summed over images
+  std::chrono::steady_clock::time_point done;  // when thread 0 had done its part of the latest step
   std::vector<std::vector<int32_t>> chosen; // by op: the winners of the latest image, where they are recorded
   bool profile = false, record = false;
 };
 
-struct Run {  // one thread's view of one image
+// One thread's view of one image: member t of a team that cuts its work into n parts, however many it has.
+struct Run {
   Workspace &ws;
   int t, n;
-  Barrier *barrier;
+  Team *team;  // null: alone
+  template <typename Part>
+  void parts(const Part &part) const {  // those of this member
+    for (int i = t, size = team ? team->size() : 1; i < n; i += size) part(i);
+  }
   void wait() const {
-    if (n > 1) barrier->wait();
+    if (team) team->meet();
   }
   template <typename Alone>
   void wait(const Alone &alone) const {
-    if (n > 1) barrier->wait(alone);
+    if (team) team->meet(alone);
     else alone();
   }
 };
@@ -288,7 +295,8 @@ class Engine {
   std::unique_ptr<Workspace> take();
   void give(std::unique_ptr<Workspace> ws);
 
-  void image(const Run &run, const float *x, float *out) const;
+  int64_t steps(int batch) const { return int64_t(batch) * (ops() + 1); }
+  void step(const Run &run, int64_t step, const float *x, float *out, int64_t *macs) const;  // of the images
   void load(const Run &run, const float *x) const;
   void conv(const Run &run, const Conv &c, int op) const;
   void predict(const Run &run, const Conv &c) const;
@@ -321,7 +329,7 @@ class Engine {
   const PairTable *const pairs_;  // or null
   const int threads_;
   Arena arena_;
-  Pool pool_;
+  Team team_;
   std::vector<Buffer> buffers_;
   std::vector<Value> values_;
   std::vector<Op> ops_;

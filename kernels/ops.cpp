@@ -15,7 +15,6 @@ void Engine::pool(const Run &run, const PoolOp &p, int op) const {
   const uint32_t *mask = buffers_[values_[p.y].buffer].mask.data();
   const bool sums = values_[p.y].pooled, halves = values_[p.y].pairing != Pairing::kNone;
   if (halves) run.wait();  // which pairs there are
-  const Share mine = share_pairs(a.n, run.t, run.n, [&](int i) { return a.list[i] / 2; });
   constexpr int kWide = 1024;
   // The outputs [first, last) whose window's element d lies inside the map.
   auto inside = [&](int d, int n_in, int n_out) {
@@ -24,7 +23,7 @@ void Engine::pool(const Run &run, const PoolOp &p, int op) const {
     const int last = n_in - 1 - q < 0 ? 0 : std::min(n_out, (n_in - 1 - q) / p.stride + 1);
     return Share{std::min(first, n_out), std::max(last, std::min(first, n_out))};
   };
-  for (int i = mine.begin; i < mine.end; ++i) {
+  auto channel = [&](int i) {
     const float *from = plane(ws, p.x, a.list[i]);
     float *to = plane(ws, p.y, a.list[i]);
     for (int y = 0; y < out.height; ++y) {
@@ -61,7 +60,11 @@ void Engine::pool(const Run &run, const PoolOp &p, int op) const {
     }
     if (sums) table_.eltwise(to, to, 1.0f, nullptr, mask, out.pixels, kNone, one_sum(ws, p.y, a.list[i]));
     if (halves) table_.halve(half(ws, p.y, i, a.list[i]), to, out.pixels);
-  }
+  };
+  run.parts([&](int part) {
+    const Share mine = share_pairs(a.n, part, run.n, [&](int i) { return a.list[i] / 2; });
+    for (int i = mine.begin; i < mine.end; ++i) channel(i);
+  });
   watch.lap(kRest);
 }
 
@@ -97,15 +100,17 @@ void Engine::add(const Run &run, const AddOp &a, int op) const {
   run.wait();
   const Layout &l = layout(a.y);
   const uint32_t *mask = buffers_[values_[a.y].buffer].mask.data();
-  const Share mine = share_pairs(ws.n_rows, run.t, run.n, [&](int i) { return ws.rows[i] / 2; });
   const bool sums = values_[a.y].pooled;
-  for (int i = mine.begin; i < mine.end; ++i) {
-    const int k = ws.rows[i];
-    const bool in_a = x.on[k], in_b = a.b >= 0 && ws.active[a.b].on[k];
-    const float *first = plane(ws, in_a ? a.a : a.b, k);
-    table_.eltwise(plane(ws, a.y, k), first, 1.0f, in_a && in_b ? plane(ws, a.b, k) : nullptr, mask, l.pixels, a.act,
-                   sums ? one_sum(ws, a.y, k) : nullptr);
-  }
+  run.parts([&](int part) {
+    const Share mine = share_pairs(ws.n_rows, part, run.n, [&](int i) { return ws.rows[i] / 2; });
+    for (int i = mine.begin; i < mine.end; ++i) {
+      const int k = ws.rows[i];
+      const bool in_a = x.on[k], in_b = a.b >= 0 && ws.active[a.b].on[k];
+      const float *first = plane(ws, in_a ? a.a : a.b, k);
+      table_.eltwise(plane(ws, a.y, k), first, 1.0f, in_a && in_b ? plane(ws, a.b, k) : nullptr, mask, l.pixels, a.act,
+                     sums ? one_sum(ws, a.y, k) : nullptr);
+    }
+  });
   run.wait();
   if (run.t == 0) {
     Active &y = ws.active[a.y];
@@ -123,9 +128,11 @@ void Engine::halve_all(const Run &run, int value) const {
   if (values_[value].pairing == Pairing::kNone) return;
   run.wait();  // which pairs there are
   const Active &a = run.ws.active[value];
-  const Share mine = share_pairs(a.n, run.t, run.n, [&](int i) { return a.list[i] / 2; });
-  for (int i = mine.begin; i < mine.end; ++i)
-    table_.halve(half(run.ws, value, i, a.list[i]), plane(run.ws, value, a.list[i]), layout(value).pixels);
+  run.parts([&](int part) {
+    const Share mine = share_pairs(a.n, part, run.n, [&](int i) { return a.list[i] / 2; });
+    for (int i = mine.begin; i < mine.end; ++i)
+      table_.halve(half(run.ws, value, i, a.list[i]), plane(run.ws, value, a.list[i]), layout(value).pixels);
+  });
 }
 
 void Engine::se(const Run &run, const SqueezeExcite &s, int op) const {
@@ -152,11 +159,13 @@ void Engine::se(const Run &run, const SqueezeExcite &s, int op) const {
   run.wait();
   const Layout &l = layout(s.y);
   const uint32_t *mask = buffers_[values_[s.y].buffer].mask.data();
-  const Share mine = share(a.n, run.t, run.n);
-  for (int i = mine.begin; i < mine.end; ++i) {
-    const int k = a.list[i];
-    table_.eltwise(plane(ws, s.y, k), plane(ws, s.x, k), ws.q[k], nullptr, mask, l.pixels, kNone, one_sum(ws, s.y, k));
-  }
+  run.parts([&](int part) {
+    const Share mine = share(a.n, part, run.n);
+    for (int i = mine.begin; i < mine.end; ++i) {
+      const int k = a.list[i];
+      table_.eltwise(plane(ws, s.y, k), plane(ws, s.x, k), ws.q[k], nullptr, mask, l.pixels, kNone, one_sum(ws, s.y, k));
+    }
+  });
   run.wait();
   if (run.t == 0) copy_active(ws, s.x, s.y);
   halve_all(run, s.y);
@@ -169,15 +178,17 @@ void Engine::linear(const Run &run, const Linear &l, int op, float *out) const {
   const Active &a = ws.active[l.x];
   float *p = part(ws.p, run.t);
   pooled(run, l.x, 0, a.n, p);
-  const Share mine = share_lines(l.out, run.t, run.n);
   const int pitch = round_up(l.out, kRound);
-  std::copy(l.bias.data() + mine.begin, l.bias.data() + mine.end, out + mine.begin);
   const float *rows[kChunk];
-  for (int i = 0; i < a.n; i += kChunk) {
-    const int count = std::min(kChunk, a.n - i);
-    for (int j = 0; j < count; ++j) rows[j] = l.weight.data() + size_t(a.list[i + j]) * pitch + mine.begin;
-    table_.axpy(out + mine.begin, mine.size(), rows, p + i, count);
-  }
+  run.parts([&](int part) {
+    const Share mine = share_lines(l.out, part, run.n);
+    std::copy(l.bias.data() + mine.begin, l.bias.data() + mine.end, out + mine.begin);
+    for (int i = 0; i < a.n; i += kChunk) {
+      const int count = std::min(kChunk, a.n - i);
+      for (int j = 0; j < count; ++j) rows[j] = l.weight.data() + size_t(a.list[i + j]) * pitch + mine.begin;
+      table_.axpy(out + mine.begin, mine.size(), rows, p + i, count);
+    }
+  });
   if (run.t == 0) ws.macs[op] = int64_t(a.n) * l.out;
   watch.lap(kConvolve);
 }

@@ -11,6 +11,7 @@ struct Watch {  // seconds of thread 0, where they are asked for
   Watch(const Run &run, int op) : into(run.ws.profile && run.t == 0 ? &run.ws.seconds[size_t(op) * kParts] : nullptr) {
     if (into) last = std::chrono::steady_clock::now();
   }
+  Watch(const Run &run, int op, std::chrono::steady_clock::time_point from) : Watch(run, op) { last = from; }
   void lap(Part part) {
     if (!into) return;
     const auto now = std::chrono::steady_clock::now();

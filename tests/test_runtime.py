@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -129,6 +130,20 @@ def test_bits_do_not_depend_on_which_thread_was_faster(family: nn.Module, precis
         executor = runtime.compile(selective, input_size=(75, 70), threads=threads, precision=precision)
         first = executor(x)
         assert all(np.array_equal(executor(x), first) for _ in range(12))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_threads_that_slept_join_when_they_wake(tiny_resnet: nn.Module, batch: int) -> None:
+    """Whoever is awake begins; bits and counts do not depend on when the others come, or on whether they do."""
+    selective = train_like(select(tiny_resnet), spread=0.3).eval()
+    set_density(selective, 0.6)
+    x = torch.randn(batch, 3, 47, 50).numpy()
+    executor = runtime.compile(selective, input_size=(47, 50), threads=4)
+    first, macs = executor.counted(x)
+    for pause in [0.0, 0.003, 0.0, 0.0005, 0.001, 0.0002, 0.006] * 5:  # threads spin for about 0.1 ms, then sleep
+        time.sleep(pause)
+        logits, counted = executor.counted(x)
+        assert np.array_equal(logits, first) and np.array_equal(counted, macs)
 
 
 def test_threads_of_python_share_one_executor(tiny_resnet: nn.Module) -> None:
