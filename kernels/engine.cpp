@@ -97,7 +97,7 @@ void Engine::run_counted(const float *x, int batch, float *out, int64_t *macs) {
     return give(std::move(ws));
   }
   std::vector<std::unique_ptr<Workspace>> own;  // each thread on images of its own
-  for (int t = 0; t < threads_; ++t) own.push_back(take());
+  for (int t = 0; t < team_.most(); ++t) own.push_back(take());
   std::atomic<int> next{0};
   team_.apart([&](int t) {
     const Run run{*own[t], 0, 1, nullptr};

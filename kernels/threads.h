@@ -8,6 +8,7 @@
 // may queue it behind the caller on the caller's own core, for milliseconds, though another is idle. So the caller's
 // core is closed to the others.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -44,16 +45,16 @@ void spin_until(const Done &done) {
   }
 }
 
-// Keeps threads off the CPU that the caller is on, where there is one for each of them and the caller.
-class Apart {
+class Cores {
  public:
 #if defined(__linux__)
-  Apart() {
-    if (sched_getaffinity(0, sizeof allowed_, &allowed_)) CPU_ZERO(&allowed_);
-  }
-  void operator()(std::vector<std::thread> &threads) {
+  Cores() : known_(!sched_getaffinity(0, sizeof allowed_, &allowed_)) {}
+  int count() const { return known_ ? CPU_COUNT(&allowed_) : std::thread::hardware_concurrency(); }
+
+  // Closes the core that the caller is on to threads, of which there are fewer than cores.
+  void keep_off(std::vector<std::thread> &threads) {
     const int cpu = sched_getcpu();
-    if (cpu < 0 || cpu == closed_ || size_t(CPU_COUNT(&allowed_)) <= threads.size()) return;
+    if (!known_ || cpu < 0 || cpu == closed_) return;
     cpu_set_t others = allowed_;
     if (cpu < CPU_SETSIZE) CPU_CLR(cpu, &others);
     for (auto &thread : threads) pthread_setaffinity_np(thread.native_handle(), sizeof others, &others);
@@ -61,17 +62,20 @@ class Apart {
   }
 
  private:
-  cpu_set_t allowed_;
+  cpu_set_t allowed_;  // those that this process may run on
+  bool known_;
   int closed_ = -1;
 #else
-  void operator()(std::vector<std::thread> &) {}
+  int count() const { return std::thread::hardware_concurrency(); }
+  void keep_off(std::vector<std::thread> &) {}
 #endif
 };
 
 class Team {
  public:
-  explicit Team(int n) : n_(n), seats_(std::make_unique<Seat[]>(n)) {
-    for (int t = 1; t < n; ++t) threads_.emplace_back([this, t] { work(t); });
+  // At most n members, and no more than there are cores: two that spin for each other on one core take twenty times as long.
+  explicit Team(int n) : n_(std::min(n, std::max(1, cores_.count()))), seats_(std::make_unique<Seat[]>(n_)) {
+    for (int t = 1; t < n_; ++t) threads_.emplace_back([this, t] { work(t); });
   }
   ~Team() {
     stop_.store(true, std::memory_order_relaxed);
@@ -143,7 +147,7 @@ class Team {
   // Returns how many of the others are awake, and so will come at once.
   int open(Kind kind) {
     int asleep;
-    keep_apart_(threads_);
+    cores_.keep_off(threads_);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       job_.store((job_.load() / 2 + 1) * 2 + kind, std::memory_order_release);
@@ -227,10 +231,10 @@ class Team {
     }
   }
 
+  Cores cores_;
   const int n_;
   std::unique_ptr<Seat[]> seats_;
   std::vector<std::thread> threads_;
-  Apart keep_apart_;
   std::mutex calls_, mutex_;
   std::condition_variable wake_;
   int sleeping_ = 0;  // under mutex_

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from afds.cli import main
 from afds.errors import ConfigError
 from afds.files import read_json
+from afds.hardware import usable_cores
 from afds.measure import TURN, Row, measure_run, verdict
 from afds.report import write_report
 from afds.runtime import is_built
@@ -23,6 +25,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(path / "run", selection=SelectionConfig())
     write_photos(path / "photos")
     return path / "run"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="affinity is Linux's")
+def test_cores_that_a_process_may_not_use_do_not_count(run: Path) -> None:
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        assert usable_cores() == 1
+        with pytest.raises(ConfigError, match="threads must be from 1 to 1, got 2"):
+            measure_run(run, threads=(2,))
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def test_every_network_in_every_runtime(run: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -143,7 +144,25 @@ def test_threads_that_slept_join_when_they_wake(tiny_resnet: nn.Module, batch: i
     for pause in [0.0, 0.003, 0.0, 0.0005, 0.001, 0.0002, 0.006] * 5:  # threads spin for about 0.1 ms, then sleep
         time.sleep(pause)
         logits, counted = executor.counted(x)
-        assert np.array_equal(logits, first) and np.array_equal(counted, macs)
+        assert np.array_equal(logits, first)
+        assert np.array_equal(counted, macs)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are only counted on Linux")
+@pytest.mark.parametrize("batch", [2, 5])
+def test_fewer_cores_than_threads(tiny_resnet: nn.Module, batch: int) -> None:
+    """The team has no more members than there are cores; bits depend on the number that was asked for."""
+    selective = train_like(select(tiny_resnet), spread=0.3).eval()
+    set_density(selective, 0.6)
+    x = torch.randn(batch, 3, 47, 50).numpy()
+    logits = runtime.compile(selective, input_size=(47, 50), threads=4)(x)
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        alone = runtime.compile(selective, input_size=(47, 50), threads=4)
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert np.array_equal(alone(x), logits)
 
 
 def test_threads_of_python_share_one_executor(tiny_resnet: nn.Module) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 
-import afds  # noqa: F401  # first: it makes torchvision importable beside a CPU-only torch
+import afds  # first: it makes torchvision importable beside a CPU-only torch
 
 # isort: split
 import numpy as np
@@ -72,8 +72,8 @@ def main() -> None:
     print(f"{_cpu_name()}, {args.arch}, {args.kind}, {args.size} px, batch 1, {args.pause:g} ms between calls\n")
     print("| network | threads | after a pause: median | mean | p90 | in a row: median |\n|---|---|---|---|---|---|")
     for (name, threads), t in after.items():
-        row = np.median(in_a_row[name, threads])
-        print(f"| {name} | {threads} | {np.median(t):.2f} | {np.mean(t):.2f} | {np.percentile(t, 90):.2f} | {row:.2f} |")
+        figures = (np.median(t), np.mean(t), np.percentile(t, 90), np.median(in_a_row[name, threads]))
+        print(f"| {name} | {threads} | " + " | ".join(f"{ms:.2f}" for ms in figures) + " |")
 
 
 if __name__ == "__main__":

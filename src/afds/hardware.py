@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -90,6 +89,13 @@ def _quiet(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
+def usable_cores() -> int:
+    """CPUs that this process may use: those of its affinity, at most a container's quota (joblib counts them)."""
+    from joblib import cpu_count
+
+    return cpu_count()
+
+
 def stamp(device: str, precision: str) -> dict[str, Any]:
     """Hardware and versions, for the record of a run."""
     names = ("torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow")
@@ -98,7 +104,7 @@ def stamp(device: str, precision: str) -> dict[str, Any]:
         "precision": precision,
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),

@@ -14,7 +14,6 @@ and once at the end (the trained network; densities go down a little where it ta
 from __future__ import annotations
 
 import copy
-import os
 import time
 from collections.abc import Sequence
 
@@ -26,6 +25,7 @@ from afds.compaction import deployable
 from afds.config import LatencyConfig
 from afds.cost import CostMeter, has_selection
 from afds.errors import BudgetError, ConfigError
+from afds.hardware import usable_cores
 from afds.runtimes import OPENERS, check_runtime
 from afds.schedule import Allocation, Place, search
 from afds.selection import set_density
@@ -48,9 +48,9 @@ class Stopwatch:
             ConfigError: the runtime is not installed, or there are not so many cores.
         """
         check_runtime(config.runtime)
-        cores = os.cpu_count() or 1
+        cores = usable_cores()
         if config.threads > cores:
-            raise ConfigError(f"--latency.threads {config.threads}: this machine has {cores} cores.")
+            raise ConfigError(f"--latency.threads {config.threads}: there are {cores} cores for this process.")
         x_BCHW = torch.cat([batch.cpu() for batch in images])[:IMAGES].contiguous().float()
         self.images = [np.ascontiguousarray(x_BCHW[i : i + 1].numpy()) for i in range(len(x_BCHW))]
         self.classes, self.config = classes, config

@@ -18,7 +18,6 @@ the fastest dense row in bf16. Unless bf16 is asked for, everything is float32.
 from __future__ import annotations
 
 import importlib.util
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -39,7 +38,7 @@ from afds.cost import has_selection, measure_cost
 from afds.errors import AfdsError, ConfigError
 from afds.export import training_batches
 from afds.files import write_json
-from afds.hardware import stamp
+from afds.hardware import stamp, usable_cores
 from afds.report import write_report
 from afds.runtimes import IN_BF16, OPENERS, PRECISIONS, RUNTIMES, Predictor
 
@@ -124,7 +123,7 @@ def measure_run(
         ConfigError: a number or a name that makes no sense.
         RunFolderError: of the run.
     """
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     threads = tuple(threads) or tuple(dict.fromkeys((1, cores)))
     _check(threads, batches, only, rounds, cores)
     for precision in precisions:

@@ -28,7 +28,7 @@ import torch
 
 from afds.compare.plan import CompareConfig, Trial
 from afds.errors import AfdsError, ConfigError, TrainingError
-from afds.hardware import resolve_device
+from afds.hardware import resolve_device, usable_cores
 
 PATIENCE = 20.0  # seconds that a cancelled trial is given to end its step
 OBJECT_STORE = 2**27  # bytes of shared memory for a local Ray; a trial's line is some kB
@@ -90,7 +90,7 @@ class RayPool(Executor):
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told that photos are compared here
         options: dict[str, Any] = {"address": address}
         if local:
-            options |= {"num_cpus": max(jobs, os.cpu_count() or 1), "include_dashboard": False,
+            options |= {"num_cpus": max(jobs, usable_cores()), "include_dashboard": False,
                         "object_store_memory": OBJECT_STORE}  # fmt: skip
         host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
@@ -135,7 +135,7 @@ def make_pool(c: CompareConfig) -> tuple[Executor, int | None]:
         return RayPool(c), None
     if c.jobs == 1:
         return Here(), 1
-    threads = max(1, (os.cpu_count() or 1) // c.jobs)
+    threads = max(1, usable_cores() // c.jobs)
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(c.jobs, context, initializer=_begin, initargs=(threads,)), c.jobs
 
