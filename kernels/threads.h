@@ -49,7 +49,7 @@ class Cores {
  public:
 #if defined(__linux__)
   Cores() : known_(!sched_getaffinity(0, sizeof allowed_, &allowed_)) {}
-  int count() const { return known_ ? CPU_COUNT(&allowed_) : std::thread::hardware_concurrency(); }
+  int at_most(int n) const { return known_ ? std::min(n, CPU_COUNT(&allowed_)) : n; }
 
   // Closes the core that the caller is on to threads, of which there are fewer than cores.
   void keep_off(std::vector<std::thread> &threads) {
@@ -66,7 +66,10 @@ class Cores {
   bool known_;
   int closed_ = -1;
 #else
-  int count() const { return std::thread::hardware_concurrency(); }
+  int at_most(int n) const {
+    const int all = static_cast<int>(std::thread::hardware_concurrency());  // 0: not known
+    return all ? std::min(n, all) : n;
+  }
   void keep_off(std::vector<std::thread> &) {}
 #endif
 };
@@ -74,7 +77,7 @@ class Cores {
 class Team {
  public:
   // At most n members, and no more than there are cores: two that spin for each other on one core take twenty times as long.
-  explicit Team(int n) : n_(std::min(n, std::max(1, cores_.count()))), seats_(std::make_unique<Seat[]>(n_)) {
+  explicit Team(int n) : n_(cores_.at_most(n)), seats_(std::make_unique<Seat[]>(n_)) {
     for (int t = 1; t < n_; ++t) threads_.emplace_back([this, t] { work(t); });
   }
   ~Team() {
