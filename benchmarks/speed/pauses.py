@@ -73,7 +73,7 @@ def main() -> None:
     print("| network | threads | after a pause: median | mean | p90 | in a row: median |\n|---|---|---|---|---|---|")
     for (name, threads), t in after.items():
         figures = (np.median(t), np.mean(t), np.percentile(t, 90), np.median(in_a_row[name, threads]))
-        print(f"| {name} | {threads} | " + " | ".join(f"{ms:.2f}" for ms in figures) + " |")
+        print(f"| {name} | {threads} | " + " | ".join(f"{figure:.2f}" for figure in figures) + " |")
 
 
 if __name__ == "__main__":

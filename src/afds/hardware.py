@@ -91,7 +91,7 @@ def _quiet(name: str) -> Iterator[None]:
 
 def usable_cores() -> int:
     """CPUs that this process may use: those of its affinity, at most a container's quota (joblib counts them)."""
-    from joblib import cpu_count
+    from joblib import cpu_count  # here: it takes a while, and to predict nobody needs it
 
     return cpu_count()
 
