@@ -1,11 +1,16 @@
 // Ops are checked and made ready as a plan is read.
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 #include "engine.h"
 #include "tiling.h"
 
 namespace afds {
+
+// What a plan may ask for: positions are 32-bit numbers, and a plan may come from anywhere.
+constexpr int64_t kMost = int64_t(1) << 31;
+constexpr int kMostSide = 1 << 10;  // of kernels, strides, dilations and paddings
 
 int Engine::check_value(int v) const {
   check(v >= 0 && v < static_cast<int>(values_.size()), "no value " + std::to_string(v));
@@ -16,10 +21,11 @@ int Engine::add_buffer(const Layout &layout, int channels) {
   Buffer b;
   b.layout = layout;
   Layout &l = b.layout;
-  check(l.height > 0 && l.width > 0 && l.pitch >= l.width && channels > 0, "a buffer's sizes");
-  check(int64_t(l.plane) * channels < (int64_t(1) << 31), "a buffer of 2^31 numbers or more");
-  l.pixels = round_up((l.height - 1) * l.pitch + l.width, kRound);
-  check(l.lead >= 0 && l.lead % kRound == 0 && l.plane % kRound == 0 && l.plane >= l.lead + l.pixels,
+  check(l.height > 0 && l.width > 0 && l.pitch >= l.width && channels > 0 && l.lead >= 0, "a buffer's sizes");
+  const int64_t pixels = int64_t(l.height - 1) * l.pitch + l.width;
+  check(int64_t(l.plane) * channels < kMost && l.lead + pixels < kMost - kRound, "a buffer of 2^31 numbers or more");
+  l.pixels = round_up(static_cast<int>(pixels), kRound);
+  check(l.lead % kRound == 0 && l.plane % kRound == 0 && l.plane >= l.lead + l.pixels,
         "a buffer's planes");
   b.channels = channels;
   b.mask.assign(l.pixels, 0);
@@ -34,6 +40,8 @@ int Engine::add_value(const Value &v) {
   check(v.buffer >= 0 && v.buffer < static_cast<int>(buffers_.size()), "no buffer " + std::to_string(v.buffer));
   Buffer &b = buffers_[v.buffer];
   check(v.channels > 0 && v.channels <= b.channels, "a value wider than its buffer");
+  check(v.floats || v.pairing != Pairing::kNone, "a value that is kept in no form");
+  check(v.pairing == Pairing::kNone || pairs_, "pairs of bf16 in a plan of float32");
   b.floats |= v.floats;
   b.pairs |= v.pairing != Pairing::kNone;
   values_.push_back(v);
@@ -98,6 +106,7 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
   check_value(c.x), check_value(c.y);
   check(c.in == values_[c.x].channels && c.out == values_[c.y].channels, c.name + ": channels");
   check(kh > 0 && kw > 0 && stride > 0 && dilation > 0 && pad_h >= 0 && pad_w >= 0, c.name + ": geometry");
+  for (int side : {kh, kw, stride, dilation, pad_h, pad_w}) check(side <= kMostSide, c.name + ": geometry");
   check(c.groups > 0 && c.in % c.groups == 0 && c.out % c.groups == 0, c.name + ": groups");
   const Layout &in = layout(c.x), &out = layout(c.y);
   auto side = [&](int n, int k, int pad) { return (n + 2 * pad - dilation * (k - 1) - 1) / stride + 1; };
@@ -138,7 +147,9 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
         phase_of[phase] = static_cast<int>(c.phases.size());
         c.phases.push_back(phase);
       }
-      const int offset = sy * out.pitch + sx;
+      const int64_t far = int64_t(sy) * out.pitch + sx;
+      check(std::abs(far) < kMost / 2, c.name + ": a tap too far away");
+      const int offset = static_cast<int>(far);
       c.tap.push_back({phase_of[phase], offset});
       low = std::min(low, offset), high = std::max(high, offset);
       top = std::max(top, sy), right = std::max(right, sx);
@@ -148,7 +159,7 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
   const int columns = std::min((in.width + stride - 1) / stride, out.width + right);
   check(out.pitch >= std::max(out.width + right, columns + left), c.name + ": pitch");
   if (direct) {
-    check(in.lead + low >= 0 && in.lead + in.pixels + high <= in.plane, c.name + ": padding");
+    check(in.lead + low >= 0 && int64_t(in.lead) + in.pixels + high <= in.plane, c.name + ": padding");
     c.phases.clear();
   } else {
     Layout &s = c.stage;
@@ -156,10 +167,12 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
     s.width = columns;
     s.pitch = out.pitch;
     s.lead = round_up(-low, kRound);
-    s.plane = round_up(s.lead + std::max(out.pixels + high, s.height * s.pitch + kRound), kRound);
+    const int64_t longest = std::max(int64_t(out.pixels) + high, int64_t(s.height) * s.pitch + kRound);
+    check(s.lead + longest < kMost - 2 * kRound, c.name + ": staging");
+    s.plane = round_up(static_cast<int>(s.lead + longest), kRound);
     if (s.plane / kRound % 2 == 0) s.plane += kRound;
     const int64_t size = int64_t(s.plane) * c.in * c.phases.size();
-    check(size < (int64_t(1) << 31), c.name + ": staging");
+    check(size < kMost, c.name + ": staging");
     staging_ = std::max(staging_, size_t(size));
     longest_ = std::max(longest_, s.plane);
   }
@@ -288,9 +301,11 @@ void Engine::add_pool(PoolOp p) {
   const Layout &in = layout(p.x), &out = layout(p.y);
   check(values_[p.x].buffer != values_[p.y].buffer, p.name + ": cannot run in place");
   check_floats(p.x, p.y, p.name);
-  check(p.kernel > 0 && p.stride > 0 && p.pad >= 0 && p.pad < p.kernel, p.name + ": geometry");
-  auto fits = [&](int n_in, int n_out) {
-    return n_out > 0 && (n_out - 1) * p.stride - p.pad < n_in && (n_out - 1) * p.stride - p.pad + p.kernel > 0;
+  check(p.kernel > 0 && p.stride > 0 && p.pad >= 0 && p.pad < p.kernel && p.kernel <= kMostSide && p.stride <= kMostSide,
+        p.name + ": geometry");
+  auto fits = [&](int64_t n_in, int64_t n_out) {
+    const int64_t last = (n_out - 1) * p.stride - p.pad;
+    return n_out > 0 && last < n_in && last + p.kernel > 0;
   };
   check(fits(in.height, out.height) && fits(in.width, out.width), p.name + ": output size");
   names_.push_back(p.name);

@@ -7,13 +7,40 @@
 #include "dispatch.h"
 #include "watch.h"
 
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
+
 namespace afds {
+
+static int64_t this_process() {
+#if defined(_WIN32)  // no fork there
+  return 0;
+#else
+  return getpid();
+#endif
+}
 
 Engine::Engine(int threads, const std::string &isa, bool bf16)
     : table_(choose_table(isa, bf16)),
       pairs_(bf16 ? &choose_pairs(isa, table_) : nullptr),
       threads_(threads),
-      team_(threads) {}
+      crew_(new Crew(threads)) {}
+
+Engine::~Engine() {
+  Crew *crew = crew_.load();
+  if (crew->process == this_process()) delete crew;
+}
+
+Crew::Crew(int threads) : process(this_process()), team(threads) {}
+
+Crew &Engine::crew() {
+  Crew *known = crew_.load(std::memory_order_acquire);
+  if (known->process == this_process()) return *known;
+  auto own = std::make_unique<Crew>(threads_);
+  if (crew_.compare_exchange_strong(known, own.get(), std::memory_order_acq_rel)) return *own.release();
+  return *known;  // another thread was here first
+}
 
 std::unique_ptr<Workspace> Engine::make_workspace() const {
   auto ws = std::make_unique<Workspace>();
@@ -71,66 +98,82 @@ size_t Engine::workspace_bytes() const {
   return n * sizeof(float);
 }
 
-std::unique_ptr<Workspace> Engine::take() {
+std::unique_ptr<Workspace> Engine::take(Crew &crew) const {
   {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (!idle_.empty()) {
-      auto ws = std::move(idle_.back());
-      idle_.pop_back();
+    std::lock_guard<std::mutex> lock(crew.mutex);
+    if (!crew.idle.empty()) {
+      auto ws = std::move(crew.idle.back());
+      crew.idle.pop_back();
       return ws;
     }
   }
   return make_workspace();
 }
 
-void Engine::give(std::unique_ptr<Workspace> ws) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  idle_.push_back(std::move(ws));
+void Engine::give(Crew &crew, std::unique_ptr<Workspace> ws) {
+  std::lock_guard<std::mutex> lock(crew.mutex);
+  crew.idle.push_back(std::move(ws));
 }
 
 void Engine::run(const float *x, int batch, float *out) { run_counted(x, batch, out, nullptr); }
 
 void Engine::run_counted(const float *x, int batch, float *out, int64_t *macs) {
-  if (batch < threads_ || threads_ == 1) {  // all threads on one image after the other
-    auto ws = take();
-    team_.in_step(steps(batch), [&](int t, int64_t i) { step(Run{*ws, t, threads_, &team_}, i, x, out, macs); });
-    return give(std::move(ws));
+  Crew &crew = this->crew();
+  Team &team = crew.team;
+  const bool together = batch < threads_;  // all threads on one image after the other, or each on images of its own
+  if (team.most() == 1) {                  // calls from several threads need not wait for each other
+    auto ws = take(crew);
+    const Run run{*ws, 0, together ? threads_ : 1, nullptr};
+    for (int64_t i = 0; i < steps(batch); ++i) step(run, i, x, out, macs);
+    return give(crew, std::move(ws));
   }
-  std::vector<std::unique_ptr<Workspace>> own;  // each thread on images of its own
-  for (int t = 0; t < team_.most(); ++t) own.push_back(take());
+  std::lock_guard<std::mutex> turn(crew.turn);
+  if (together) {
+    auto ws = take(crew);
+    team.in_step(steps(batch), [&](int t, int64_t i) { step(Run{*ws, t, threads_, &team}, i, x, out, macs); });
+    return give(crew, std::move(ws));
+  }
+  std::vector<std::unique_ptr<Workspace>> own;
+  for (int t = 0; t < team.most(); ++t) own.push_back(take(crew));
   std::atomic<int> next{0};
-  team_.apart([&](int t) {
+  team.apart([&](int t) {
     const Run run{*own[t], 0, 1, nullptr};
     for (int b; (b = next.fetch_add(1)) < batch;)
       for (int64_t i = steps(b); i < steps(b + 1); ++i) step(run, i, x, out, macs);
   });
-  for (auto &ws : own) give(std::move(ws));
+  for (auto &ws : own) give(crew, std::move(ws));
 }
 
 void Engine::run_profiled(const float *x, int batch, float *out, double *seconds) {
-  auto ws = take();
+  Crew &crew = this->crew();
+  Team &team = crew.team;
+  std::lock_guard<std::mutex> turn(crew.turn);
+  auto ws = take(crew);
   ws->profile = true;
   std::fill(ws->seconds.begin(), ws->seconds.end(), 0.0);
-  team_.in_step(steps(batch), [&](int t, int64_t i) {
-    const Run run{*ws, t, threads_, &team_};
+  team.in_step(steps(batch), [&](int t, int64_t i) {
+    const Run run{*ws, t, threads_, &team};
     const int op = static_cast<int>(i % (ops() + 1)) - 1;  // -1: the image is loaded
     if (i > 0 && op != 0) Watch(run, (op < 0 ? ops() : op) - 1, ws->done).lap(kWait);  // for the others, in the step before
     step(run, i, x, out, nullptr);
     if (t == 0) ws->done = std::chrono::steady_clock::now();
   });
-  Watch(Run{*ws, 0, threads_, &team_}, ops() - 1, ws->done).lap(kWait);
+  Watch(Run{*ws, 0, threads_, &team}, ops() - 1, ws->done).lap(kWait);
   ws->profile = false;
   std::copy(ws->seconds.begin(), ws->seconds.end(), seconds);
-  give(std::move(ws));
+  give(crew, std::move(ws));
 }
 
 void Engine::run_recorded(const float *x, float *out, std::vector<std::vector<int32_t>> &chosen) {
-  auto ws = take();
+  Crew &crew = this->crew();
+  Team &team = crew.team;
+  std::lock_guard<std::mutex> turn(crew.turn);
+  auto ws = take(crew);
   ws->record = true;
-  team_.in_step(steps(1), [&](int t, int64_t i) { step(Run{*ws, t, threads_, &team_}, i, x, out, nullptr); });
+  team.in_step(steps(1), [&](int t, int64_t i) { step(Run{*ws, t, threads_, &team}, i, x, out, nullptr); });
   ws->record = false;
   chosen = ws->chosen;
-  give(std::move(ws));
+  give(crew, std::move(ws));
 }
 
 void Engine::step(const Run &run, int64_t step, const float *x, float *out, int64_t *macs) const {

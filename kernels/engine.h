@@ -220,10 +220,22 @@ struct Run {
   }
 };
 
+// Threads, and what images are worked on in. A forked child has neither its parent's threads nor the holders of its locks:
+// it makes a crew of its own, and leaves the parent's where it lies.
+struct Crew {
+  explicit Crew(int threads);
+  const int64_t process;  // that has made it
+  std::mutex turn;        // of the team: it does one call at a time
+  Team team;
+  std::mutex mutex;
+  std::vector<std::unique_ptr<Workspace>> idle;  // under `mutex`
+};
+
 class Engine {
  public:
   // bf16: convolutions given with `halves` are products of pairs; `auto` then takes the way that this CPU does fastest.
   Engine(int threads, const std::string &isa, bool bf16);
+  ~Engine();
 
   int add_buffer(const Layout &layout, int channels);
   int add_value(const Value &value);
@@ -292,8 +304,9 @@ class Engine {
     return s;
   }
   std::unique_ptr<Workspace> make_workspace() const;
-  std::unique_ptr<Workspace> take();
-  void give(std::unique_ptr<Workspace> ws);
+  Crew &crew();
+  std::unique_ptr<Workspace> take(Crew &crew) const;
+  static void give(Crew &crew, std::unique_ptr<Workspace> ws);
 
   int64_t steps(int batch) const { return int64_t(batch) * (ops() + 1); }
   void step(const Run &run, int64_t step, const float *x, float *out, int64_t *macs) const;  // of the images
@@ -329,7 +342,7 @@ class Engine {
   const PairTable *const pairs_;  // or null
   const int threads_;
   Arena arena_;
-  Team team_;
+  std::atomic<Crew *> crew_;
   std::vector<Buffer> buffers_;
   std::vector<Value> values_;
   std::vector<Op> ops_;
@@ -348,8 +361,6 @@ class Engine {
   int input_ = -1, classes_ = 0;
   size_t staging_ = 0, picked_ = 0, wide_ = 0;
   int widest_ = 1, most_steps_ = 1, most_groups_ = 1, longest_ = kRound;
-  std::mutex mutex_;
-  std::vector<std::unique_ptr<Workspace>> idle_;
 };
 
 }  // namespace afds

@@ -4,7 +4,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <cstring>
+#include <exception>
+#include <thread>
 
 #include "dispatch.h"
 #include "engine.h"
@@ -24,8 +27,18 @@ T get(const nb::dict &d, const char *key) {
   return nb::cast<T>(d[key]);
 }
 
+// As it lies in memory: a converted copy would be gone before it is read.
+template <typename Array>
+Array array_of(const nb::dict &d, const char *key) {
+  Array array;
+  if (!d.contains(key)) throw std::invalid_argument(std::string("plan: an op without ") + key);
+  if (!nb::try_cast(d[key], array, false))
+    throw std::invalid_argument(std::string("plan: ") + key + " is of another type or not contiguous");
+  return array;
+}
+
 Floats floats(const nb::dict &d, const char *key) {
-  const auto array = get<FloatArray>(d, key);
+  const auto array = array_of<FloatArray>(d, key);
   Floats out(array.size());
   if (array.size()) std::memcpy(out.data(), array.data(), array.size() * sizeof(float));
   return out;
@@ -33,7 +46,7 @@ Floats floats(const nb::dict &d, const char *key) {
 
 // Of an array that outlives the call; the engine copies it to where it is kept.
 Floats borrowed(const nb::dict &d, const char *key) {
-  const auto array = get<FloatArray>(d, key);
+  const auto array = array_of<FloatArray>(d, key);
   return Floats(const_cast<float *>(array.data()), array.size());
 }
 
@@ -42,6 +55,25 @@ nb::object owned(std::vector<T> data, std::initializer_list<size_t> shape) {
   auto *keep = new std::vector<T>(std::move(data));
   nb::capsule owner(keep, [](void *p) noexcept { delete static_cast<std::vector<T> *>(p); });
   return nb::cast(nb::ndarray<nb::numpy, T>(keep->data(), shape, owner));
+}
+
+// Runs `work` while other Python threads may run. A thread that comes back when the interpreter has been torn down CPython
+// ends by unwinding, through frames that must not throw, and with that the program: it stays here instead.
+template <typename Work>
+void without_gil(const Work &work) {
+  PyThreadState *state = PyEval_SaveThread();
+  std::exception_ptr error;
+  try {
+    work();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  try {
+    PyEval_RestoreThread(state);
+  } catch (...) {
+    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+  }
+  if (error) std::rethrow_exception(error);
 }
 
 void check(const Engine &e, const Images &x) {
@@ -63,7 +95,7 @@ Conv conv_of(const nb::dict &d) {
   c.act = get<int>(d, "act");
   c.res_nonnegative = get<bool>(d, "residual_nonnegative");
   if (d.contains("halves")) {
-    const auto array = get<HalfArray>(d, "halves");
+    const auto array = array_of<HalfArray>(d, "halves");
     const int64_t size = int64_t(c.out) * (c.groups > 0 ? c.in / c.groups : 0) * get<int>(d, "kernel_h") * get<int>(d, "kernel_w");
     if (int64_t(array.size()) != size) throw std::invalid_argument("plan: " + c.name + ": weights");
     c.halves = array.data();
@@ -133,6 +165,7 @@ NB_MODULE(_kernels, m) {
              return e.add_value(v);
            })
       .def("set_input", &Engine::set_input)
+      .def("check_ready", &Engine::check_ready)
       .def("add_conv",
            [](Engine &e, const nb::dict &d) {
              e.add_conv(conv_of(d), get<int>(d, "kernel_h"), get<int>(d, "kernel_w"), get<int>(d, "stride"),
@@ -200,10 +233,7 @@ NB_MODULE(_kernels, m) {
            [](Engine &e, Images x) {
              check(e, x);
              std::vector<float> out(x.shape(0) * e.classes());
-             {
-               nb::gil_scoped_release release;
-               e.run(x.data(), int(x.shape(0)), out.data());
-             }
+             without_gil([&] { e.run(x.data(), int(x.shape(0)), out.data()); });
              return owned(std::move(out), {x.shape(0), size_t(e.classes())});
            })
       .def("run_counted",
@@ -211,10 +241,7 @@ NB_MODULE(_kernels, m) {
              check(e, x);
              std::vector<float> out(x.shape(0) * e.classes());
              std::vector<int64_t> macs(x.shape(0) * e.ops());
-             {
-               nb::gil_scoped_release release;
-               e.run_counted(x.data(), int(x.shape(0)), out.data(), macs.data());
-             }
+             without_gil([&] { e.run_counted(x.data(), int(x.shape(0)), out.data(), macs.data()); });
              return nb::make_tuple(owned(std::move(out), {x.shape(0), size_t(e.classes())}),
                                    owned(std::move(macs), {x.shape(0), size_t(e.ops())}));
            })
@@ -223,20 +250,14 @@ NB_MODULE(_kernels, m) {
              check(e, x);
              std::vector<float> out(x.shape(0) * e.classes());
              std::vector<double> seconds(size_t(e.ops()) * kParts);
-             {
-               nb::gil_scoped_release release;
-               e.run_profiled(x.data(), int(x.shape(0)), out.data(), seconds.data());
-             }
+             without_gil([&] { e.run_profiled(x.data(), int(x.shape(0)), out.data(), seconds.data()); });
              return owned(std::move(seconds), {size_t(e.ops()), size_t(kParts)});
            })
       .def("run_recorded", [](Engine &e, Images x) {
         check(e, x);
         std::vector<float> out(e.classes());
         std::vector<std::vector<int32_t>> chosen;
-        {
-          nb::gil_scoped_release release;
-          e.run_recorded(x.data(), out.data(), chosen);
-        }
+        without_gil([&] { e.run_recorded(x.data(), out.data(), chosen); });
         return chosen;
       });
 }

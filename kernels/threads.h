@@ -15,6 +15,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 #if defined(__linux__)
@@ -48,22 +49,27 @@ void spin_until(const Done &done) {
 class Cores {
  public:
 #if defined(__linux__)
-  Cores() : known_(!sched_getaffinity(0, sizeof allowed_, &allowed_)) {}
+  Cores() : known_(!sched_getaffinity(0, sizeof allowed_, &allowed_)), written_(allowed_) {}
   int at_most(int n) const { return known_ ? std::min(n, CPU_COUNT(&allowed_)) : n; }
 
   // Closes the core that the caller is on to threads, of which there are fewer than cores.
   void keep_off(std::vector<std::thread> &threads) {
     const int cpu = sched_getcpu();
-    if (!known_ || cpu < 0 || cpu == closed_) return;
-    cpu_set_t others = allowed_;
-    if (cpu < CPU_SETSIZE) CPU_CLR(cpu, &others);
-    for (auto &thread : threads) pthread_setaffinity_np(thread.native_handle(), sizeof others, &others);
+    if (!known_ || cpu < 0 || cpu >= CPU_SETSIZE || cpu == closed_ || threads.empty()) return;
+    cpu_set_t now;
+    if (pthread_getaffinity_np(threads[0].native_handle(), sizeof now, &now)) return;
+    if (!CPU_EQUAL(&now, &written_)) allowed_ = now;  // somebody else has moved the threads since, and knows better
+    written_ = allowed_;
+    CPU_CLR(cpu, &written_);
+    if (CPU_COUNT(&written_) < static_cast<int>(threads.size())) written_ = allowed_;
+    for (auto &thread : threads) pthread_setaffinity_np(thread.native_handle(), sizeof written_, &written_);
     closed_ = cpu;
   }
 
  private:
-  cpu_set_t allowed_;  // those that this process may run on
+  cpu_set_t allowed_;  // those that the threads may run on
   bool known_;
+  cpu_set_t written_;  // those that they were last told to run on
   int closed_ = -1;
 #else
   int at_most(int n) const {
@@ -76,9 +82,15 @@ class Cores {
 
 class Team {
  public:
-  // At most n members, and no more than there are cores: two that spin for each other on one core take twenty times as long.
+  // At most n members, and no more than there are cores: two that spin for each other on one core take twenty times as
+  // long. Where the system grants fewer threads there are fewer: no one reads n_ before there is a job.
   explicit Team(int n) : n_(cores_.at_most(n)), seats_(std::make_unique<Seat[]>(n_)) {
-    for (int t = 1; t < n_; ++t) threads_.emplace_back([this, t] { work(t); });
+    threads_.reserve(n_);
+    try {
+      for (int t = 1; t < n_; ++t) threads_.emplace_back([this, t] { work(t); });
+    } catch (const std::system_error &) {
+      n_ = 1 + static_cast<int>(threads_.size());
+    }
   }
   ~Team() {
     stop_.store(true, std::memory_order_relaxed);
@@ -92,9 +104,8 @@ class Team {
   int size() const { return size_.load(std::memory_order_relaxed); }  // members now; the same for all within a step
 
   // Runs work(member, step) for all steps up to `steps` in each member, the caller being member 0; all members meet
-  // after each step. One call at a time.
+  // after each step. One call of this or of `apart` at a time, which the caller sees to.
   void in_step(int64_t steps, const std::function<void(int, int64_t)> &work) {
-    std::lock_guard<std::mutex> one(calls_);
     work_ = &work, steps_ = steps;
     size_.store(1, std::memory_order_relaxed);
     left_.store(0, std::memory_order_relaxed);
@@ -107,9 +118,8 @@ class Team {
     spin_until([&] { return left_.load(std::memory_order_acquire) == size() - 1; });
   }
 
-  // Runs work(t) once in each thread that is awake before the caller, t = 0, is done. One call at a time.
+  // Runs work(t) once in each thread that is awake before the caller, t = 0, is done.
   void apart(const std::function<void(int)> &work) {
-    std::lock_guard<std::mutex> one(calls_);
     apart_ = &work;
     inside_.store(0, std::memory_order_release);
     if (n_ > 1) open(kApart);
@@ -235,10 +245,10 @@ class Team {
   }
 
   Cores cores_;
-  const int n_;
+  int n_;
   std::unique_ptr<Seat[]> seats_;
   std::vector<std::thread> threads_;
-  std::mutex calls_, mutex_;
+  std::mutex mutex_;
   std::condition_variable wake_;
   int sleeping_ = 0;  // under mutex_
   std::atomic<bool> stop_{false};

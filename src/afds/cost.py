@@ -187,7 +187,8 @@ class _Counter(fx.Interpreter):
         if n.op == "call_function" and n.target in MULS and len(sets) == 2:
             return sets[0] & sets[1]
         if n.op == "call_function" and n.target is torch.cat and out.dim() == 4:
-            return torch.cat([self.active[i] for i in n.all_input_nodes], 1)
+            raise SourceError(f"{n.name}: features are joined by concatenation (torch.cat), where channels could be "
+                              "selected but not cut, so that nothing would be saved.")  # fmt: skip
         if passes_channels(self.gm, n) and sets:
             if out.shape[1] == sets[0].shape[1]:
                 return sets[0]
@@ -199,7 +200,7 @@ class _Counter(fx.Interpreter):
         kind = type(self.gm.get_submodule(where)).__name__ if n.op == "call_module" else "function"
         raise SourceError(f"{where} ({kind}): which channels are active after it is not known, so its network "
                           "cannot be counted. Supported are conv, batch norm, activations that map 0 to 0, pooling, "
-                          "sums, products, concatenation and linear layers.")  # fmt: skip
+                          "sums, products and linear layers.")  # fmt: skip
 
     def _unit(self, n: fx.Node, unit: SelectiveConvBN, out: Tensor) -> Tensor:
         name, gate = str(n.target), unit.gate

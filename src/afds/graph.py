@@ -50,8 +50,12 @@ PASS_MODULES = (
     nn.Identity, nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
     nn.Flatten,
 )  # fmt: skip
-PASS_MODULE_NAMES = ("DropPath", "DropBlock2d", "BlurPool2d", "BlurPool", "AvgPool2dSame", "FastAdaptiveAvgPool2d",
+PASS_MODULE_NAMES = ("DropPath", "DropBlock2d", "AvgPool2dSame", "FastAdaptiveAvgPool2d",
                      "FastAdaptiveAvgPool", "AdaptiveAvgMaxPool2d", "MaxPool2dSame")  # fmt: skip
+
+
+# Pools with a filter a channel, which compaction does not cut: leaves, so that they are refused by their name.
+BLURS = ("BlurPool2d", "BlurPool")
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class _Tracer(fx.Tracer):
         norms = nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm | nn.InstanceNorm2d
         if getattr(m, "is_selective_unit", False) or isinstance(m, nn.Conv2d | nn.Linear | norms):
             return True
-        if isinstance(m, tuple(get_notrace_modules())) or type(m).__name__ in PASS_MODULE_NAMES:
+        if isinstance(m, tuple(get_notrace_modules())) or type(m).__name__ in (*PASS_MODULE_NAMES, *BLURS):
             return True
         return super().is_leaf_module(m, qualname)
 

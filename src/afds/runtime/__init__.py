@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from afds.runtime.compile import compile, make_plan
 from afds.runtime.errors import RuntimeMissingError, UnsupportedError
-from afds.runtime.executor import Executor, LayerTime, is_built, usable_isas
+from afds.runtime.executor import BUILD_ADVICE, Executor, LayerTime, is_built, usable_isas
 from afds.runtime.meter import ExecutedMacs
 from afds.runtime.plan import Plan
 
 __all__ = [
+    "BUILD_ADVICE",
     "ExecutedMacs",
     "Executor",
     "LayerTime",

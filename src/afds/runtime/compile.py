@@ -11,16 +11,13 @@ from afds.runtime.errors import RuntimeMissingError
 from afds.runtime.executor import BUILD_ADVICE, Executor, is_built
 from afds.runtime.layout import place
 from afds.runtime.lower import lower
-from afds.runtime.plan import Plan
+from afds.runtime.plan import PRECISIONS, Plan
 
 if TYPE_CHECKING:
     from afds.artifact import Run
     from afds.inference import Model
 
 Size = int | tuple[int, int]
-
-
-PRECISIONS = ("float32", "bf16")
 
 
 def make_plan(model: nn.Module, input_size: Size, precision: str = "float32") -> Plan:

@@ -8,7 +8,7 @@ import numpy as np
 
 from afds.errors import ConfigError
 from afds.runtime.errors import RuntimeMissingError
-from afds.runtime.plan import TENSORS, Plan
+from afds.runtime.plan import PRECISIONS, TENSORS, Plan
 
 try:
     from afds.runtime import _kernels
@@ -70,6 +70,8 @@ class Executor:
             raise RuntimeMissingError(BUILD_ADVICE)
         if not 1 <= threads <= 1024:
             raise ConfigError(f"threads is {threads}; give 1 or more.")
+        if plan.precision not in PRECISIONS:
+            raise ConfigError(f"This plan's precision is {plan.precision!r}; there are {' and '.join(PRECISIONS)}.")
         self.plan = replace(plan, tensors={})
         """Without the weights: the engine holds its own, and a second copy would double the memory."""
         try:
@@ -82,7 +84,8 @@ class Executor:
             for op in plan.ops:
                 tensors = {key: plan.tensors[op[key]] for key in TENSORS.get(op["kind"], ()) if key in op}
                 getattr(engine, f"add_{op['kind']}")({**op, **tensors})
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            engine.check_ready()
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, MemoryError) as error:
             raise ConfigError(f"This plan cannot be run: {error}") from error
         self._engine = engine
 
@@ -134,6 +137,8 @@ class Executor:
 
     def profile(self, x_BCHW: np.ndarray, repeats: int = 10) -> list[LayerTime]:
         """Time per image of each op: medians of ``repeats`` runs, after one to warm up."""
+        if repeats < 1:
+            raise ConfigError(f"repeats is {repeats}; give 1 or more.")
         x_BCHW = self._checked(x_BCHW)
         self._engine.run(x_BCHW)
         runs = [self._engine.run_profiled(x_BCHW) for _ in range(repeats)]
@@ -142,6 +147,9 @@ class Executor:
 
     def _checked(self, x_BCHW: np.ndarray) -> np.ndarray:
         want = (self.plan.channels, self.plan.height, self.plan.width)
+        if not isinstance(x_BCHW, np.ndarray) or x_BCHW.dtype.kind not in "fiu":
+            found = f"an array of {x_BCHW.dtype}" if isinstance(x_BCHW, np.ndarray) else f"a {type(x_BCHW).__name__}"
+            raise ConfigError(f"An executor takes numpy arrays of real numbers, got {found}.")
         if x_BCHW.ndim != 4 or tuple(x_BCHW.shape[1:]) != want or len(x_BCHW) == 0:
             raise ConfigError(f"This executor was made for images (B, {', '.join(map(str, want))}), "
                               f"got {tuple(x_BCHW.shape)}.")  # fmt: skip

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from afds.runtime.errors import UnsupportedError
 from afds.selection import FollowingGate, Gate, SelectiveConvBN, winner_take_all
 
 
@@ -124,7 +125,7 @@ def _normalised(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, T
     b = _f64(conv.bias) if conv.bias is not None else torch.zeros(out, dtype=torch.float64)
     if norm is None:
         return torch.ones(out, dtype=torch.float64), b
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
+    if norm.running_mean is None or norm.running_var is None:
+        raise UnsupportedError("The native runtime does not compute a batch norm without running statistics.")
     inverse = (_f64(norm.running_var) + norm.eps).rsqrt()
     return inverse, (b - _f64(norm.running_mean)) * inverse

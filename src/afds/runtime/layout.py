@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from afds.runtime.errors import UnsupportedError
 from afds.runtime.lower import Program
 from afds.runtime.plan import ACTS, Plan
 
@@ -118,7 +119,8 @@ def _liveness(program: Program) -> tuple[dict[int, int], list[int]]:
         if free:
             shared[op["y"]] = x
         elif op["kind"] == "se":
-            raise AssertionError(f"{op['name']}: squeeze-excitation of a feature that is read again")
+            raise UnsupportedError(f"The native runtime does not compute {op['name']}: a squeeze-excitation of "
+                                   "features that are read again.")  # fmt: skip
     return shared, last
 
 

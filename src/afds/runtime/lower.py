@@ -97,8 +97,9 @@ class _Lowering:
 
     def run(self) -> Program:
         nodes = list(self.gm.graph.nodes)
+        others = [node for node in nodes if node.op == "placeholder"][1:]  # not the image: who reads them is refused
         for node in nodes:
-            if node in self.env:
+            if node in self.env or node in others:
                 continue
             if node.op == "output":
                 self._output(node)
@@ -293,6 +294,8 @@ class _Lowering:
         self._set_act(self.program.ops[-1], y, act)
 
     def _add(self, node: fx.Node) -> None:
+        if node.kwargs or len(node.args) != 2:
+            raise self._refuse(node, "a sum with weights")
         a, b = self._map(node, 0), self._map(node, 1)
         features = self.program.features
         if a == b:
@@ -384,6 +387,8 @@ class _Lowering:
         if squeeze is None or squeeze.of not in values or len(squeeze.layers) != 2 or len(squeeze.acts) != 2:
             raise self._refuse(node, "a product that is not a squeeze-excitation")
         x = squeeze.of
+        if x == self.program.input:
+            raise self._refuse(node, "a squeeze-excitation of the image")
         of = self.program.features[x]
         first, second = squeeze.layers
         name = str(node.args[1].name if node.args[1] in self.env else node.name)  # type: ignore[union-attr]

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from afds.errors import RunFolderError
 
 FORMAT = 3
+PRECISIONS = ("float32", "bf16")
 ACTS = ("none", "relu", "relu6", "silu", "hardswish", "sigmoid", "hardsigmoid")  # as in kernels/table.h
 TENSORS = {  # fields of an op that name a tensor
     "conv": ("weight", "halves", "factor", "bias", "beta", "predictor_weight", "predictor_bias", "predictor_reduce",
@@ -69,5 +71,5 @@ class Plan:
             if data.pop("format") != FORMAT:
                 raise RunFolderError(f"{folder / 'plan.json'}: of another version; make the plan again.")
             return cls(**data, tensors=load_file(folder / "plan.safetensors"))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError) as error:
             raise RunFolderError(f"{folder}: no plan that can be read ({error}).") from error

@@ -1,0 +1,251 @@
+"""The runtime among processes, threads and plans that nobody has checked: no hang, no wrong answer, no crash."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from afds import runtime
+from afds.errors import ConfigError, RunFolderError
+
+pytestmark = pytest.mark.skipif(not runtime.is_built(), reason="afds was installed without its native runtime")
+linux = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="asks for a Linux process")
+
+PRELUDE = """
+import os, sys, threading, time
+import afds, numpy as np, timm, torch
+from afds import runtime
+torch.manual_seed(0)
+network = timm.create_model("resnet18", num_classes=5, layers=(1, 1, 1, 1), channels=(8, 16, 16, 24)).eval()
+x = torch.randn(1, 3, 64, 64).numpy()
+executor = runtime.compile(network, input_size=64, threads=THREADS)
+logits = executor(x)
+"""
+
+FORK = """
+def child(work):
+    pid = os.fork()
+    if pid == 0:
+        cores = os.sched_getaffinity(0)
+        work()
+        assert os.sched_getaffinity(0) == cores, (cores, os.sched_getaffinity(0))
+        sys.exit(0)  # what is left is torn down, as in any process
+    assert os.waitpid(pid, 0)[1] == 0
+
+def predict():
+    for _ in range(20):
+        assert np.array_equal(executor(x), logits)
+        time.sleep(0.001)
+
+def forget():
+    global executor
+    predict()
+    del executor
+
+time.sleep(0.05)  # the parent's threads are asleep
+for work in (lambda: None, predict, forget):
+    child(work)
+    predict()
+busy = True
+def keep_busy():
+    while busy:
+        executor(x)
+others = [threading.Thread(target=keep_busy) for _ in range(2)]
+for thread in others: thread.start()
+for _ in range(8):
+    child(predict)  # another thread of the parent is in a prediction, and holds what it holds
+busy = False
+for thread in others: thread.join()
+"""
+
+EXIT = """
+threading.Thread(target=lambda: [executor(x) for _ in range(10**9)], daemon=True).start()
+time.sleep(0.2)
+"""
+
+
+def run_script(text: str, threads: int) -> None:
+    script = PRELUDE.replace("THREADS", str(threads)) + text
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=240,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@linux
+@pytest.mark.parametrize("threads", [1, 2])
+def test_forked_children_predict_and_end(threads: int) -> None:
+    run_script(FORK, threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_daemon_thread_may_be_predicting_when_the_program_ends(threads: int) -> None:
+    run_script(EXIT, threads)
+
+
+@linux
+def test_cores_that_are_taken_away_later_stay_away(tiny_resnet: nn.Module) -> None:
+    cores = os.sched_getaffinity(0)
+    if len(cores) < 2:
+        pytest.skip("one core")
+    x = np.zeros((1, 3, 40, 40), np.float32)
+    before = set(os.listdir("/proc/self/task"))
+    executor = runtime.compile(tiny_resnet, input_size=40, threads=2)
+    executor(x)
+    workers = [int(task) for task in set(os.listdir("/proc/self/task")) - before]
+    (present,) = {frozenset(os.sched_getaffinity(task)) for task in workers}
+    only = cores - present  # where the worker is not: what it has anyway nobody need have told it
+    try:
+        for task in [0, *workers]:
+            os.sched_setaffinity(task, only)
+        for _ in range(3):
+            executor(x)
+        assert all(os.sched_getaffinity(task) == only for task in workers)
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def test_calls_of_one_thread_do_not_wait_for_each_other(tiny_resnet: nn.Module) -> None:
+    executor = runtime.compile(tiny_resnet, input_size=64, threads=1)
+    many, one = np.zeros((4000, 3, 64, 64), np.float32), np.zeros((1, 3, 64, 64), np.float32)
+    executor(one)
+    thread = threading.Thread(target=executor, args=(many,))
+    thread.start()
+    executor(one)
+    assert thread.is_alive()
+    thread.join()
+
+
+# ------------------------------------------------------------ plans
+
+
+def plan_of(model: nn.Module) -> runtime.Plan:
+    return runtime.make_plan(model.eval(), 64)
+
+
+def changed(plan: runtime.Plan, change: Callable[[runtime.Plan], Any]) -> runtime.Plan:
+    parts = {name: copy.deepcopy(getattr(plan, name)) for name in ("buffers", "values", "ops")}
+    other = dataclasses.replace(plan, **parts, tensors=dict(plan.tensors))
+    change(other)
+    return other
+
+
+@pytest.mark.parametrize("form", [np.float64, np.float16, np.int32, "fortran", "strided"])
+def test_weights_of_another_form_are_refused(tiny_resnet: nn.Module, form: Any) -> None:
+    def other(plan: runtime.Plan) -> None:
+        name = next(op["weight"] for op in plan.ops if op["kind"] == "conv" and op["kernel_h"] == 3)
+        w = plan.tensors[name]
+        plan.tensors[name] = (np.asfortranarray(w) if form == "fortran" else np.repeat(w, 2, 0)[::2]
+                              if form == "strided" else w.astype(form))  # fmt: skip
+
+    with pytest.raises(ConfigError, match="weight is of another type or not contiguous"):
+        runtime.Executor(changed(plan_of(tiny_resnet), other))
+
+
+def _conv(**fields: int) -> Callable[[runtime.Plan], None]:
+    def change(plan: runtime.Plan) -> None:
+        next(op for op in plan.ops if op["kind"] == "conv").update(fields)
+
+    return change
+
+
+def _formless(plan: runtime.Plan) -> None:
+    plan.values[-1]["floats"] = False
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plan: plan.buffers.append({"height": 65537, "width": 1, "pitch": 65536, "lead": 0, "plane": 16,
+                                          "channels": 1}),
+        lambda plan: plan.buffers.append({"height": 1, "width": 1, "pitch": 1, "lead": 2**31 - 16, "plane": 16,
+                                          "channels": 1}),
+        _conv(stride=65536), _conv(stride=46341), _conv(stride=50000), _conv(kernel_h=65536, kernel_w=65536),
+        _conv(pad_h=2**30, pad_w=2**30, dilation=2**29), _formless,
+        lambda plan: plan.ops.clear(), lambda plan: plan.ops.pop(),
+        lambda plan: setattr(plan, "precision", "zz"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_cannot_be_followed_is_refused(
+    tiny_resnet: nn.Module, change: Callable[[runtime.Plan], Any]
+) -> None:
+    with pytest.raises(ConfigError, match="plan"):
+        runtime.Executor(changed(plan_of(tiny_resnet), change))
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", None])
+def test_a_damaged_plan_is_no_plan(tiny_resnet: nn.Module, tmp_path: Path, damage: bytes | None) -> None:
+    plan_of(tiny_resnet).save(tmp_path)
+    if damage is None:
+        (tmp_path / "plan.json").write_text("[" * 100_000)
+    else:
+        (tmp_path / "plan.safetensors").write_bytes(damage)
+    with pytest.raises(RunFolderError, match="no plan"):
+        runtime.Plan.load(tmp_path)
+
+
+def test_what_is_no_batch_of_images_is_refused(tiny_resnet: nn.Module) -> None:
+    executor = runtime.compile(tiny_resnet, input_size=40)
+    x = np.zeros((1, 3, 40, 40), np.float32)
+    for wrong in (x.tolist(), torch.zeros(1, 3, 40, 40), x.astype(complex), x.astype(str)):
+        with pytest.raises(ConfigError, match="takes numpy arrays of real numbers"):
+            executor(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="repeats"):
+        executor.profile(x, repeats=0)
+
+
+# ------------------------------------------------------------ networks that are nearly known
+
+
+class Two(nn.Module):
+    """Two convolutions, joined by ``join``, and a classifier."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor, Tensor], Tensor], **norm: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+        self.bn = nn.BatchNorm2d(8, **norm)
+        self.fc1, self.fc2 = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.join = join
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, return_features: bool = False) -> Tensor:
+        return self.fc(self.join(self.bn(self.a(x)), self.b(x), x).mean((2, 3)))
+
+
+def test_further_arguments_of_a_forward_are_not_the_image() -> None:
+    torch.manual_seed(0)
+    model = Two(lambda a, b, x: F.relu(a + b)).eval()
+    x = torch.randn(2, 3, 20, 20)
+    ours = runtime.compile(model, input_size=20)(x.numpy())
+    with torch.no_grad():
+        assert np.allclose(ours, model(x).numpy(), atol=1e-5)
+
+
+def test_sums_with_weights_are_refused() -> None:
+    with pytest.raises(runtime.UnsupportedError, match="a sum with weights"):
+        runtime.compile(Two(lambda a, b, x: torch.add(a, b, alpha=2)).eval(), input_size=20)
+
+
+def test_norms_without_statistics_and_odd_squeezes_are_refused() -> None:
+    with pytest.raises(runtime.UnsupportedError, match="running statistics"):
+        runtime.compile(Two(lambda a, b, x: a + b, track_running_stats=False).eval(), input_size=20)
+
+    class ReadAgain(Two):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            a = F.relu(self.a(x))
+            squeezed = a * torch.sigmoid(self.fc2(F.relu(self.fc1(a.mean((2, 3), keepdim=True)))))
+            return self.fc((F.relu(self.b(x) + squeezed) + a).mean((2, 3)))
+
+    with pytest.raises(runtime.UnsupportedError, match="read again"):
+        runtime.compile(ReadAgain(lambda a, b, x: a).eval(), input_size=20)
