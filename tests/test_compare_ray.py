@@ -29,7 +29,7 @@ from afds.record import read_lines
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'
 DATA = DataConfig(input_size=32, flip=False, workers=0, val_fraction=0.2)
 HAS_RAY = importlib.util.find_spec("ray") is not None
-with_ray = pytest.mark.skipif(not HAS_RAY, reason="needs pip install 'afds[ray]'")
+with_ray = pytest.mark.skipif(not HAS_RAY, reason="needs pip install ray")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def options(room: Path, out: Path, **changes: Any) -> CompareConfig:
 
 def test_without_ray_it_says_how_to_get_it(room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # what `import ray` finds where there is none
-    with pytest.raises(ConfigError, match=r"pip install 'afds\[ray\]'"):
+    with pytest.raises(ConfigError, match="pip install 'ray>="):
         compare(options(room, tmp_path / "never", ray="local"))
     assert not (tmp_path / "never").exists()
 

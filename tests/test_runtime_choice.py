@@ -81,6 +81,24 @@ def test_load_runs_the_executor(run: Path) -> None:
     assert torch.allclose(native.logits(x_BCHW), plain.logits(x_BCHW), atol=1e-4)
     with pytest.raises(ConfigError, match="32, 32"):
         native.logits(torch.randn(1, 3, 33, 32))
+    for threads in (1, 2):
+        native = load(run, runtime="native", threads=threads)
+        assert native.executor is not None
+        assert native.executor.threads == threads
+        assert torch.allclose(native.logits(x_BCHW), plain.logits(x_BCHW), atol=1e-4)
+    with pytest.raises(ConfigError, match="threads"):
+        load(run, threads=2)
+
+
+@built
+def test_threads_of_predict(run: Path, photos: Path, capsys: Captured) -> None:
+    before, every = torch.get_num_threads(), predicted([str(run), str(photos)], capsys)
+    try:
+        assert predicted([str(run), str(photos), "--threads", "1"], capsys) == every
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert main(["predict", str(run), str(photos), "--threads", "-1"]) == 2
 
 
 def check_falls_back(run: Path, photos: Path, reason: str, capsys: Captured) -> None:
@@ -114,6 +132,28 @@ def test_without_the_native_part(
     check_falls_back(tmp_path / "run", photos, "Install a C++ compiler", capsys)
     with pytest.raises(afds.runtime.RuntimeMissingError):
         load(tmp_path / "run", runtime="native")
+
+
+def test_fit_says_before_it_trains_what_native_will_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    write_photos(tmp_path / "photos", each=6)
+    tiny = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8, "act_layer": "%s"}'
+    options = ["--method", "scratch+afs", "--budget", "2x", "--optim.epochs", "1", "--optim.batch-size", "4",
+               "--data-options.input-size", "32", "--data-options.workers", "0", "--descent.stages", "2",
+               "--descent.images", "4"]  # fmt: skip
+
+    def said(out: str, act: str) -> str:
+        fit = ["fit", str(tmp_path / "photos"), "--source", "resnet18", "--arch-args", tiny % act, *options]
+        assert main([*fit, "--out", str(tmp_path / out)]) == 0
+        return capsys.readouterr().err
+
+    assert "on PyTorch, not natively" in (err := said("gelu", "gelu"))
+    assert "gelu" in err
+    if afds.runtime.is_built():
+        assert "natively" not in said("relu", "relu")
+    monkeypatch.setattr(executor, "_kernels", None)
+    assert "Install a C++ compiler" in said("missing", "relu")
 
 
 def test_wrong_choices(tmp_path: Path, capsys: Captured) -> None:

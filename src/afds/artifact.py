@@ -217,8 +217,9 @@ def check_labels(labels: Any, num_classes: int, where: str) -> tuple[str, ...]:
         raise RunFolderError(f"{where}: the class names should be a list of texts.")
     if len(labels) != num_classes:
         raise RunFolderError(f"{where}: {len(labels)} class names for a network with {num_classes} classes.")
-    if len(set(labels)) != len(labels) or any(not 0 < len(name) <= MAX_LABEL_LENGTH for name in labels):
-        raise RunFolderError(f"{where}: a class name is empty, too long, or there twice.")
+    surrogates = any("\ud800" <= letter <= "\udfff" for name in labels for letter in name)  # of no text
+    if surrogates or len(set(labels)) != len(labels) or any(not 0 < len(name) <= MAX_LABEL_LENGTH for name in labels):
+        raise RunFolderError(f"{where}: a class name is empty, too long, no text, or there twice.")
     return tuple(labels)
 
 

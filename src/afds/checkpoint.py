@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,24 @@ from afds.errors import RunFolderError
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write beside the old one, flush to disk, then replace it in one step."""
+    """Write beside the old one, flush to disk, then replace it in one step.
+
+    Raises:
+        RunFolderError: no room, or no right to write there; the old one stays.
+    """
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer has errors of its own
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or "no space left, perhaps"
+        raise RunFolderError(f"{path} cannot be written ({reason}). Make room, then go on with: "
+                             f"afds fit --resume {path.parent}") from error  # fmt: skip
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -34,6 +46,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise RunFolderError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it was cut short or "
                              "changed. Start the run again in a new folder.") from error  # fmt: skip
-    if not isinstance(state, dict) or not {"epoch", "stage", "task", "optimizer"} <= set(state):
+    whole = isinstance(state, dict) and {"epoch", "stage", "task", "optimizer"} <= set(state)
+    if not whole or type(state["epoch"]) is not int or type(state["stage"]) is not int:
         raise RunFolderError(f"{path} is not a checkpoint of afds.")
     return state

@@ -8,6 +8,8 @@ Exit codes: 0 done; 1 a fault of the program, or images that could not be read; 
 from __future__ import annotations
 
 import difflib
+import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -40,9 +42,13 @@ VERBS = ("fit", "evaluate", "predict", "export", "measure", "inspect", "report",
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code. argv: without the program's name, by default the command line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # a file name that is not UTF-8 must not cost the answers beside it
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = _dispatch(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         hint = f" Go on with: afds fit --resume {_run_folder(arguments)}" if arguments[:1] == ["fit"] else ""
@@ -56,10 +62,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         from afds.errors import AfdsError
 
+        if isinstance(error, OSError) and error.strerror:  # no room for the output, a path too long
+            print(f"afds: error: {_subject(error)}{error.strerror}.", file=sys.stderr)
+            return 2
         if not isinstance(error, AfdsError):
             raise
         print(f"afds: error: {error}", file=sys.stderr)
         return 2
+
+
+def _subject(error: OSError) -> str:
+    """What could not be done, where the system says of which file."""
+    if error.filename is None:
+        return "the output cannot be written: " if error.errno == errno.ENOSPC else ""
+    name = str(error.filename)
+    return f"{name if len(name) <= 200 else name[:200] + '...'}: "
 
 
 def _run_folder(arguments: list[str]) -> str:

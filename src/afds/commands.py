@@ -79,6 +79,8 @@ class Predict:
     precision: Literal["float32", "bf16"] = "float32"
     """Of the native runtime's convolutions. bf16: half the memory for weights; `afds measure` tells whether it is
     faster on this CPU."""
+    threads: int = 0
+    """CPU threads. Default: all cores, or OMP_NUM_THREADS."""
     json: bool = False
     """Print one line of JSON for each image."""
 
@@ -86,6 +88,7 @@ class Predict:
         _native_only(self.precision, self.runtime)
         _at_least("top-k", self.top_k, 1)
         _at_least("batch-size", self.batch_size, 1)
+        _at_least("threads", self.threads, 0)
         if not self.images:
             raise ConfigError("afds predict needs a photo or a folder of photos: afds predict RUN IMAGE ...")
 
@@ -144,7 +147,8 @@ class Report:
 class Export:
     """Write a run as one file for a runtime, and compare the file's accuracy with the network's.
 
-    Without --static the file gathers its weights per image and so skips in stock runtimes, one image at a time.
+    Without --static the file computes what the run computes, one image at a time; what each image chooses (small
+    predictors of scales, with --descent.no-settle the channels too) it chooses in stock runtimes as well.
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -266,6 +270,10 @@ def _predict(arguments: list[str]) -> int:
     from afds.data import image_files
     from afds.inference import Model
 
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
     run, unreadable = load_run(options.run), 0
     model = _or_torch(
         lambda runtime: Model(
@@ -340,7 +348,7 @@ def _measure(arguments: list[str]) -> int:
     from afds.measure import NAME, measure_run, runtime_of
     from afds.report import NAME as PAGE
 
-    console = Console(highlight=False)
+    console = _wide_console()
     result = measure_run(o.run, threads=o.threads, batches=o.batch, only=o.only, rounds=o.rounds, data=o.data,
                          precisions=o.precision, profile=o.profile,
                          say=lambda line: console.print(line, markup=False))  # fmt: skip
@@ -395,7 +403,7 @@ def _inspect(arguments: list[str]) -> int:
     from afds.report import NAME as PAGE
     from afds.report.winners import shown, summary
 
-    console = Console(highlight=False)
+    console = _wide_console()
     found = inspect_run(o.run, data=o.data, images=o.images,
                         say=lambda line: console.print(line, markup=False, soft_wrap=True))  # fmt: skip
     facts = found.to_dict()
@@ -442,6 +450,12 @@ def _bare_ray(arguments: list[str]) -> list[str]:
     """`--ray` without an address means a cluster of this machine alone."""
     bare = [a == "--ray" and b.startswith("--") for a, b in zip(arguments, [*arguments[1:], "--"], strict=True)]
     return [word for a, alone in zip(arguments, bare, strict=True) for word in ([a, "local"] if alone else [a])]
+
+
+def _wide_console() -> Console:
+    """Of 80 columns at least: in a narrow terminal lines of a table wrap, where columns would lose their figures."""
+    console = Console(highlight=False)
+    return console if console.width >= 80 else Console(highlight=False, width=80)
 
 
 def _native_only(precision: str, runtime: str) -> None:

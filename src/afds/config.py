@@ -6,6 +6,8 @@ The docstring under each field is its help text. Every value is checked before w
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -426,6 +428,8 @@ def resolve_method(config: FitConfig) -> FitConfig:
     """
     compression = parse_method(config.method)[1]
     budget = config.budget or ("1x" if compression == "dense" else "5x")
+    if re.fullmatch(r"\s*1(\.0*)?[xX]\s*", budget):  # as it is compared with everywhere
+        budget = "1x"
     if compression == "dense" and budget != "1x":
         raise ConfigError(f"--method {config.method} computes everything and cannot meet a budget of {budget}: "
                           "leave --budget out, or choose a method such as +afs or +l1.")  # fmt: skip
@@ -485,7 +489,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             return value
     elif hint is Path and isinstance(value, str):
         return Path(value)
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
         return float(value)
     elif isinstance(hint, type) and type(value) is hint:
         return value
@@ -493,5 +497,5 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
 
 
 def _require(holds: bool, name: str, value: Any, wanted: str) -> None:
-    if not holds:
+    if not holds or (isinstance(value, float) and not math.isfinite(value)):
         raise ConfigError(f"--{name} must be {wanted}, got {value}.")

@@ -215,7 +215,7 @@ def evaluate_folder(
     loader = make_loader(dataset, batch_size=batch_size, shuffle=False, seed=0, workers=workers)
     model = Model(run, device, runtime=runtime, precision=precision)
     given = run.structure["cost"].get("reference_macs", 0.0)
-    reference = float(given) if type(given) in (int, float) and given > 0 else 0.0
+    reference = float(given) if type(given) in (int, float) and 0 < given < 1e18 else 0.0
     meter: Meter
     if model.executor is None:
         meter = CostMeter(model.network, reference)

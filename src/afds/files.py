@@ -26,7 +26,8 @@ def write_atomic(path: Path | str, content: bytes | str) -> None:
     Raises RunFolderError naming the file, where the folder cannot be written to.
     """
     path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
+    # A name that is not UTF-8 reaches Python as lone surrogates: \udc.. is how JSON spells them, too.
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:  # not tempfile: its files are closed to the user's group
@@ -80,6 +81,23 @@ def read_json(path: Path | str, max_bytes: int = MAX_JSON_BYTES) -> Any:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def check_place(out: Path, option: str = "--out") -> None:
+    """Refuse a folder that could not be made or written to, before any work is done for it.
+
+    Raises:
+        RunFolderError: a file or a broken link is in its way, or its place is not open to this user.
+    """
+    try:
+        here = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists() or p.is_symlink())
+    except OSError as error:
+        raise RunFolderError(f"{option} {out}: {error.strerror}.") from error
+    if not here.is_dir():
+        what = "a link to nothing" if here.is_symlink() and not here.exists() else "a file"
+        raise RunFolderError(f"{option} {out}: {here} is {what}; name a folder that does not exist yet.")
+    if not os.access(here, os.W_OK | os.X_OK):
+        raise RunFolderError(f"{option} {out}: {here} cannot be written to; name another place.")
 
 
 def is_empty(folder: Path) -> bool:

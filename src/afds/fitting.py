@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -26,12 +27,12 @@ from afds.data import Splits, check_images, describe, make_splits, scan, with_un
 from afds.data.unlabelled import fingerprint
 from afds.errors import ConfigError, DataError, RunFolderError
 from afds.evaluation import Metrics, evaluate
-from afds.files import LOCK, alone_in, is_empty, read_json, write_json
+from afds.files import LOCK, alone_in, check_place, is_empty, read_json, write_json
 from afds.hardware import make_fabric, resolve_device
 from afds.latency import solve_latency
 from afds.progress import Progress
 from afds.record import Record
-from afds.runtimes import check_runtime
+from afds.runtimes import check_runtime, why_not_native
 from afds.schedule import parse_budget, solve
 from afds.selection import densities, round_predictors, set_density
 from afds.setup import Setup
@@ -65,8 +66,10 @@ def fit(config: FitConfig, *, quiet: bool = False) -> FitResult:
 
 def _fit(config: FitConfig, quiet: bool, held: contextlib.ExitStack) -> FitResult:
     if config.resume is not None:
-        config = _resumed(config.resume)
-    config = resolve_method(config)
+        begun = _resumed(config.resume, config.data)
+        _only_resume(config)
+        config = begun
+    config = _absolute(resolve_method(config))
     if config.data is None or config.out is None:
         missing = "a folder of photos" if config.data is None else "--out RUN, the folder to write"
         raise ConfigError(f"afds fit needs {missing} (or --resume RUN).")
@@ -80,7 +83,7 @@ def _fit(config: FitConfig, quiet: bool, held: contextlib.ExitStack) -> FitResul
     fabric.launch()
     if fabric.is_global_zero and config.resume is not None:
         held.enter_context(alone_in(config.out))
-        _resumed(config.out)  # refused if the one that had it has just finished it
+        _resumed(config.out, config.data)  # refused if the one that had it has just finished it
     # What `auto` came to goes into the record: steps before this run, and a resumed one, compute in the same.
     precision: Any = fabric._precision.precision
     config = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, precision=precision))
@@ -89,6 +92,7 @@ def _fit(config: FitConfig, quiet: bool, held: contextlib.ExitStack) -> FitResul
     fabric.barrier()  # all have looked at --out before one writes there
     setup = Setup(config, splits, fabric)  # also where steps come first: what is wrong is wrong now
     config = setup.config  # with what milliseconds come to
+    _say_who_will_run_it(setup, progress)
     out = config.out
     assert out is not None
     if fabric.is_global_zero and config.resume is None:
@@ -107,6 +111,15 @@ def _fit(config: FitConfig, quiet: bool, held: contextlib.ExitStack) -> FitResul
     with progress:
         train(fabric, setup.plan, out, record, progress.update)
     return _finish(setup, record, progress)
+
+
+def _say_who_will_run_it(setup: Setup, progress: Progress) -> None:
+    """What is made cheaper is to be fast: where PyTorch would have to run it, better known before hours of training."""
+    if progress.quiet or setup.config.resume is not None or parse_method(setup.config.method)[1] == "dense":
+        return
+    why = why_not_native(setup.network, setup.preprocess.input_size)
+    if why is not None:
+        progress.say(f"note: `afds predict` will run this network on PyTorch, not natively. {why}")
 
 
 def read_result(out: Path) -> FitResult:
@@ -134,11 +147,44 @@ def _metrics(saved: dict[str, Any], hits: str = "") -> Metrics:
     return Metrics(**{**saved, **lists, "cross_entropy": entropy, "confusions": pairs, "hits": hits})
 
 
-def _resumed(run: Path) -> FitConfig:
-    """The options of an interrupted run.
+def _only_resume(config: FitConfig) -> None:
+    """A resumed run has the options that it began with; only where the photos are now may be told.
 
     Raises:
-        RunFolderError: not a run folder, or a finished one.
+        ConfigError: it names an option that would be of no effect.
+    """
+    given, default = dataclasses.replace(config, resume=None, data=None), FitConfig()
+    for field in dataclasses.fields(FitConfig):
+        if getattr(given, field.name) != getattr(default, field.name):
+            raise ConfigError(f"--resume goes on with the options that the run began with, so "
+                              f"--{field.name.replace('_', '-')} would be of no effect: leave it out, or start a new "
+                              "run.")  # fmt: skip
+
+
+def _absolute(config: FitConfig) -> FitConfig:
+    """Places as they are from everywhere, for the record: a run may be resumed, or measured, from another folder."""
+
+    def place(path: Path | None) -> Path | None:
+        return None if path is None else Path(os.path.abspath(path.expanduser()))
+
+    def source(spec: str) -> str:
+        name, colon, rest = spec.strip().partition(":")
+        if Path(spec).expanduser().is_dir():
+            return str(place(Path(spec)))
+        return f"{name}:{place(Path(rest))}" if colon and rest and Path(rest).expanduser().exists() else spec
+
+    return dataclasses.replace(
+        config, data=place(config.data), unlabelled=place(config.unlabelled), source_data=place(config.source_data),
+        teacher=place(config.teacher), source=source(config.source), anchor=source(config.anchor),
+        small_source=source(config.small_source),
+    )  # fmt: skip
+
+
+def _resumed(run: Path, data: Path | None) -> FitConfig:
+    """The options of an interrupted run; data: where its photos are now, if they have been moved.
+
+    Raises:
+        RunFolderError: not a run folder, a finished one, or one that cannot be written to.
     """
     if not (run / "config.json").exists():
         raise RunFolderError(f"{run} is not a run folder: it has no config.json.")
@@ -148,7 +194,13 @@ def _resumed(run: Path) -> FitConfig:
     if not isinstance(saved, dict) or "config" not in saved:
         raise RunFolderError(f"{run / 'config.json'} does not hold the options of a run.")
     config: FitConfig = from_json(FitConfig, saved["config"], str(run / "config.json"))
-    return dataclasses.replace(config, resume=run, out=run)
+    if not os.access(run, os.W_OK | os.X_OK):
+        raise RunFolderError(f"{run} cannot be written to: a resumed run goes on in its folder.")
+    data = config.data if data is None else data
+    if data is not None and not data.exists():
+        raise DataError(f"{data}: the photos of this run are not there any more. Say where they are: "
+                        f"afds fit PHOTOS --resume {run}")  # fmt: skip
+    return dataclasses.replace(config, resume=run, out=run, data=data)
 
 
 def _steps_before(config: FitConfig, setup: Setup, quiet: bool) -> FitConfig:
@@ -206,7 +258,8 @@ def _step(config: FitConfig, out: Path, quiet: bool) -> str:
     """A run before the run, resumed where it was begun; returns its folder as a source."""
     if not is_run(out):
         begun = (out / "config.json").exists()
-        fit(FitConfig(resume=out) if begun else dataclasses.replace(config, out=out, resume=None), quiet=quiet)
+        new = dataclasses.replace(config, out=out, resume=None)
+        fit(FitConfig(resume=out, data=config.data) if begun else new, quiet=quiet)
     return str(out)
 
 
@@ -250,13 +303,16 @@ def _check_out(out: Path, resuming: bool) -> None:
         begun = (out / "config.json").exists() and not is_run(out)
         hint = f" To go on with the run in it: afds fit --resume {out}" if begun else ""
         raise RunFolderError(f"--out {out} is not empty; name a new folder, nothing is ever overwritten.{hint}")
+    check_place(out)
     parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     if shutil.disk_usage(parent).free < 2**30:
         raise RunFolderError(f"--out {out}: less than 1 GiB is free there.")
 
 
 def _same_data(out: Path, facts: dict[str, Any]) -> None:
-    saved = read_json(out / "config.json").get("data", {})
+    saved = read_json(out / "config.json").get("data")
+    if not isinstance(saved, dict):
+        raise RunFolderError(f"{out / 'config.json'} does not say which photos the run was started on.")
     if any(saved.get(name) != facts.get(name) for name in ("fingerprint", "unlabelled_fingerprint")):
         raise DataError(f"The photos have changed since {out} was started: a resumed run would mix two data sets. "
                         "Start a new run.")  # fmt: skip

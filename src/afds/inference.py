@@ -56,16 +56,18 @@ class Model:
     Args:
         run: a run folder that was read.
         device: where the network runs.
-        runtime: `torch`, or `native`: the kernels that skip, on the CPU, on as many threads as PyTorch would use.
+        runtime: `torch`, or `native`: the kernels that skip, on the CPU.
         precision: of native's convolutions, `float32` or `bf16`; see `afds.runtime.compile`.
+        threads: of a call of native; by default as many as PyTorch would use.
     Raises:
         RuntimeMissingError, UnsupportedError: the native runtime was not built, or does not compute this network.
-        ConfigError: another runtime or precision, `native` on another device, or `bf16` without `native`.
+        ConfigError: another runtime or precision, `native` on another device, `bf16` or threads without `native`.
     """
 
     def __init__(
-        self, run: Run, device: torch.device | str = "cpu", *, runtime: str = "torch", precision: str = "float32"
-    ) -> None:
+        self, run: Run, device: torch.device | str = "cpu", *, runtime: str = "torch", precision: str = "float32",
+        threads: int | None = None,
+    ) -> None:  # fmt: skip
         if runtime not in RUNTIMES:
             raise ConfigError(f"{runtime!r} is no runtime; choose one of {', '.join(RUNTIMES)}.")
         self.run = run
@@ -74,12 +76,15 @@ class Model:
             raise ConfigError(f"The native runtime runs on the CPU, not on {self.device}; take runtime='torch' there.")
         if runtime != "native" and precision != "float32":
             raise ConfigError(f"precision={precision!r} is of the native runtime; take runtime='native' with it.")
+        if runtime != "native" and threads is not None:
+            raise ConfigError(f"threads={threads} is of the native runtime; PyTorch has torch.set_num_threads.")
         self.network: nn.Module = run.model.to(self.device).eval()
         self.executor: Executor | None = None
         if runtime == "native":
             from afds.runtime import compile
 
-            self.executor = compile(run, threads=torch.get_num_threads(), precision=precision)
+            threads = torch.get_num_threads() if threads is None else threads
+            self.executor = compile(run, threads=threads, precision=precision)
         self._transform = eval_transform(run.preprocess)
 
     @property
@@ -184,15 +189,17 @@ class Model:
 
 
 def load(
-    run: Path | str, device: torch.device | str = "cpu", *, runtime: str = "torch", precision: str = "float32"
-) -> Model:
+    run: Path | str, device: torch.device | str = "cpu", *, runtime: str = "torch", precision: str = "float32",
+    threads: int | None = None,
+) -> Model:  # fmt: skip
     """The network of a run folder, ready to predict.
 
     runtime: `torch`, or `native`: the kernels that skip what was not selected.
     precision: of native's convolutions, `float32` or `bf16`.
+    threads: of a call of native; by default as many as PyTorch would use.
     Raises RunFolderError naming what is wrong with the folder, and what `Model` raises.
     """
-    return Model(load_run(run), device, runtime=runtime, precision=precision)
+    return Model(load_run(run), device, runtime=runtime, precision=precision, threads=threads)
 
 
 def _from_pil(image: Image.Image) -> Image.Image:

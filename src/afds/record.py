@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
-from afds.errors import ConfigError
+from afds.errors import ConfigError, RunFolderError
+from afds.files import write_atomic
 
 
 class Record:
@@ -22,17 +22,20 @@ class Record:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise ConfigError(
-                    "--tensorboard needs the package tensorboard: pip install 'afds[tensorboard]'"
-                ) from None
+                raise ConfigError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
             self._board = SummaryWriter(str(out / "tensorboard"))
 
     def write(self, kind: str, **values: Any) -> None:
         """One line; numbers that are not finite become null, as JSON has no word for them."""
         if not self.enabled:
             return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **_finite(values)}, allow_nan=False) + "\n")
+        line = json.dumps({"kind": kind, **_finite(values)}, allow_nan=False) + "\n"
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise RunFolderError(f"{self.path} cannot be written ({error.strerror}). Make room, then go on with: "
+                                 f"afds fit --resume {self.path.parent}") from error  # fmt: skip
         if self._board is not None and kind in ("step", "epoch"):
             at = values["step"] if kind == "step" else values["epoch"]
             for name, value in values.items():
@@ -52,15 +55,13 @@ class Record:
         if not self.enabled or not self.path.exists():
             return
         kept = [line for line in read_lines(self.path) if line.get("epoch", -1) < epoch]
-        temporary = self.path.with_name(self.path.name + ".part")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; one that was cut short by a kill is passed over."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
         except ValueError:

@@ -10,6 +10,7 @@ What `afds measure` times and what a latency budget is held to are opened here, 
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -37,7 +38,7 @@ def check_runtime(name: str) -> None:
         ConfigError: with the way to install it.
     """
     if name in ("onnx", "openvino"):
-        _there({"onnx": "onnxruntime"}.get(name, name), name)
+        _there({"onnx": "onnxruntime"}.get(name, name))
     elif name == "native":
         _built()
 
@@ -62,14 +63,14 @@ def _run_torch(module: Any) -> Predictor:
 
 
 def _onnx(network: nn.Module, form: str, side: int, classes: int, threads: int) -> Predictor:
-    _there("onnxruntime", "onnx")
+    _there("onnxruntime")
     return open_onnx(onnx_bytes(network, side, classes, form == "dynamic"), threads)
 
 
 def _openvino(
     network: nn.Module, form: str, side: int, classes: int, threads: int, precision: str = "float32"
 ) -> Predictor:
-    _there("openvino", "openvino")
+    _there("openvino")
     graph = onnx_bytes(network, side, classes, form == "dynamic")
     return open_openvino(graph, threads, "f32" if precision == "float32" else precision)
 
@@ -83,6 +84,20 @@ def _native(
     return runtime.compile(network, input_size=side, threads=threads, precision=precision)
 
 
+def why_not_native(network: nn.Module, side: int) -> str | None:
+    """Why the native runtime will not run this network, which can be told before it is trained; None where it will."""
+    from afds import runtime  # type: ignore[attr-defined]
+
+    if not runtime.is_built():
+        return runtime.BUILD_ADVICE
+    copied = copy.deepcopy(network).to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    try:
+        runtime.make_plan(copied, side)
+    except runtime.UnsupportedError as error:
+        return str(error)
+    return None
+
+
 def _built() -> None:
     from afds import runtime  # type: ignore[attr-defined]
 
@@ -90,10 +105,10 @@ def _built() -> None:
         raise ConfigError("the native runtime is not built: install afds again where there is a C++ compiler")
 
 
-def _there(package: str, extra: str) -> None:
-    for name in (package, "onnx", "onnxscript"):
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"{name} is not installed: pip install 'afds[{extra}]'")
+def _there(package: str) -> None:
+    lacking = [name for name in (package, "onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise ConfigError(f"{', '.join(lacking)} not installed: pip install {' '.join(lacking)}")
 
 
 OPENERS: dict[str, Callable[..., Predictor]] = {

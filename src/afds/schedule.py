@@ -60,11 +60,11 @@ def parse_budget(text: str) -> Budget:
     Raises:
         BudgetError: anything else, or a ratio below 1.
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(x|ms|[kMG])(?:MACs?)?\s*", text)
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(x|X|ms|([kMG])(?:MACs?)?)\s*", text)
     if not match:
         raise BudgetError(f"Cannot read the budget {text!r}: write a ratio of MACs such as 10x, MACs per image such "
                           "as 0.8G or 800M, or milliseconds per image such as 8ms.")  # fmt: skip
-    value, unit = float(match[1]), match[2]
+    value, unit = float(match[1]), match[3] or match[2].lower()
     if unit == "x":
         if value < 1:
             raise BudgetError(f"The budget {text!r} asks for more than the dense network: a ratio is 1x or more.")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from afds.checkpoint import load_checkpoint, save_checkpoint
 from afds.cost import CostMeter, has_selection
 from afds.data import TimedLoader, set_epoch
-from afds.errors import TrainingError
+from afds.errors import RunFolderError, TrainingError
 from afds.evaluation import evaluate
 from afds.mixing import mixture
 from afds.norms import reestimate_norms
@@ -43,11 +43,18 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
     c, task = plan.config, plan.task
     state = State(task, plan)
     saved = load_checkpoint(out / "last.ckpt") if (out / "last.ckpt").exists() else None
+    try:
+        if saved is not None:
+            state.restore_shape(saved)
+        wrapped, optimizer = state.start(fabric)
+        if saved is not None:
+            state.load(saved)
+    except (RuntimeError, TypeError, KeyError, ValueError, AttributeError) as error:
+        if saved is None:
+            raise
+        raise RunFolderError(f"{out / 'last.ckpt'} is not of this run ({str(error).splitlines()[0]}). Start the run "
+                             "again in a new folder.") from error  # fmt: skip
     if saved is not None:
-        state.restore_shape(saved)
-    wrapped, optimizer = state.start(fabric)
-    if saved is not None:
-        state.load(saved)
         record.rewind(state.epoch)
     timed = TimedLoader(plan.train_loader)
     meter = CostMeter(task.network, plan.reference_macs)

@@ -57,7 +57,7 @@ class RayPool(Executor):
             import ray
         except ImportError as error:
             raise ConfigError(
-                "--ray needs the package ray: pip install 'afds[ray]'. Without it, --jobs N runs N trials at a time "
+                "--ray needs the package ray: pip install 'ray>=2.40'. Without it, --jobs N runs N trials at a time "
                 "on this machine."
             ) from error
         assert c.ray is not None

@@ -31,7 +31,7 @@ from afds.compare.pools import make_pool
 from afds.compare.rows import Row
 from afds.config import FitConfig, resolve_method, to_json
 from afds.errors import AfdsError, ConfigError, RunFolderError, TrainingError
-from afds.files import alone_in, is_empty, read_json, write_atomic, write_json
+from afds.files import alone_in, check_place, is_empty, read_json, write_atomic, write_json
 from afds.fitting import fit, read_photos, read_result
 from afds.hardware import make_fabric, resolve_device, resolve_precision
 from afds.progress import Progress
@@ -136,6 +136,7 @@ def check_folder(c: CompareConfig) -> None:
     Raises:
         RunFolderError: it names the first difference.
     """
+    check_place(c.out)
     path = c.out / "compare.json"
     if not path.exists():
         if c.out.exists() and (not c.out.is_dir() or not is_empty(c.out)):

@@ -69,14 +69,14 @@ def image_extensions() -> frozenset[str]:
 
 
 def image_files(paths: Sequence[Path | str]) -> Iterator[Path]:
-    """Files as they are, folders as the images anywhere in them, sorted by path.
+    """Files as they are, folders as the images anywhere in them, sorted by path; hidden ones are passed over.
 
     Raises DataError for a path that is not there, and for a folder without an image.
     """
     extensions = image_extensions()
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in extensions and p.is_file())
+            found = sorted(p for p in _files_below(path) if p.suffix.lower() in extensions)
             if not found:
                 raise DataError(f"{path}: no image in this folder.")
             yield from found
@@ -84,6 +84,20 @@ def image_files(paths: Sequence[Path | str]) -> Iterator[Path]:
             yield path
         else:
             raise DataError(f"{path}: no such file or folder.")
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Plain files anywhere below, also where links to folders lead, as `scan` follows them."""
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [
+            name for name in folders
+            if not name.startswith(".") and name not in _SYSTEM_FOLDERS
+            and not (os.path.islink(link := os.path.join(parent, name)) and _circles(link))
+        ]  # fmt: skip
+        for name in files:
+            path = Path(parent, name)
+            if not name.startswith(".") and path.is_file():
+                yield path
 
 
 def scan(root: Path | str) -> Folder:
@@ -145,7 +159,9 @@ class _Scanner:
                     elif entry.is_dir():
                         if entry.name not in _SYSTEM_FOLDERS:
                             listing.folders.append(entry)
-                    elif os.path.splitext(entry.name)[1].lower() in self.extensions:
+                    elif os.path.splitext(entry.name)[1].lower() in self.extensions and (
+                        entry.is_file() or entry.is_symlink()  # a link to nothing is named when it is read; no pipes
+                    ):
                         listing.images.append(entry.path)
                     else:
                         listing.others.append(entry.name)
@@ -200,7 +216,13 @@ class _Scanner:
             self.warnings.append(f"{folder}: images outside the class folders are not used: {names}.")
         if not listing.folders:
             raise DataError(f"{folder}: no class folders and no images in it.{self._seen(listing.others)}")
-        found = {_class_name(entry): self._list(entry.path) for entry in listing.folders}
+        found: dict[str, _Listing] = {}
+        for entry in listing.folders:
+            name = _class_name(entry)
+            if name in found:
+                raise DataError(f"{folder}: two folders are called {name!r}, once with its accents composed and once "
+                                "not (NFC, NFD). Put their photos into one.")  # fmt: skip
+            found[name] = self._list(entry.path)
         if not any(inside.images for inside in found.values()):
             self._refuse_no_images(folder, found)
         if known is not None and (strangers := sorted(set(found) - set(known))):

@@ -114,7 +114,7 @@ def _triple(name: str, value: Any, *, least: float) -> Triple:
     if not isinstance(value, (list, tuple)) or len(value) != len(get_args(Triple)):
         raise _wrong(name, value, "three numbers")
     for number in value:
-        if type(number) not in (int, float) or not math.isfinite(number) or not least <= number <= 10:
+        if type(number) not in (int, float) or not least <= number <= 10:
             raise _wrong(name, value, f"three numbers from {least:g} to 10")
     red, green, blue = (float(number) for number in value)
     return red, green, blue

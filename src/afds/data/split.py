@@ -41,7 +41,11 @@ class Splits:
         digest = hashlib.sha256()
         for name in ("train", "val", "test"):
             for item in getattr(self, name) or ():
-                digest.update(f"{name}\0{item.path.parent.name}\0{item.path.name}\0{item.label}\n".encode())
+                digest.update(
+                    f"{name}\0{item.path.parent.name}\0{item.path.name}\0{item.label}\n".encode(
+                        errors="surrogateescape"
+                    )
+                )
         return digest.hexdigest()
 
 

@@ -30,10 +30,10 @@ def with_unlabelled(splits: Splits, folder: Path) -> Splits:
     """
     known: dict[int, list[Path]] = {}  # by size in bytes: few files need be read
     for item in splits.items():
-        known.setdefault(item.path.stat().st_size, []).append(item.path)
+        known.setdefault(_size(item.path), []).append(item.path)
     found, new = list(image_files([folder])), []
     for path in found:
-        of_this_size = known.setdefault(path.stat().st_size, [])
+        of_this_size = known.setdefault(_size(path), [])
         if not any(_same(path, other) for other in of_this_size):
             of_this_size.append(path)
             new.append(Item(path, UNLABELLED))
@@ -46,8 +46,15 @@ def fingerprint(items: Iterable[Item]) -> str:
     """SHA-256 of the names of photos without labels, wherever their folder lies."""
     digest = hashlib.sha256()
     for item in items:
-        digest.update(f"{item.path.parent.name}\0{item.path.name}\n".encode())
+        digest.update(f"{item.path.parent.name}\0{item.path.name}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # a link to nothing: told of with all that cannot be read
+        return -1
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -138,6 +138,8 @@ def _where(out: Path | None, run: Run, kind: str, static_form: bool) -> Path:
         raise ExportError(f"--out {out}: a file of --format {kind} ends in {suffix}.")
     if not out.parent.is_dir():
         raise ExportError(f"--out {out}: there is no folder {out.parent}.")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise ExportError(f"--out {out}: {out.parent} cannot be written to; name another place.")
     if out.is_dir():
         raise ExportError(f"--out {out} is a folder; name a file.")
     return out

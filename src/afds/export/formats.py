@@ -27,7 +27,7 @@ def check_installed(kind: str) -> None:
     """Raises ExportError naming the pip command, where a package that the format needs is not there."""
     lacking = [name for name in NEEDS[kind] if importlib.util.find_spec(name) is None]
     if lacking:
-        raise ExportError(f"--format {kind} needs {', '.join(lacking)}: pip install 'afds[{kind}]'.")
+        raise ExportError(f"--format {kind} needs {', '.join(lacking)}: pip install {' '.join(lacking)}")
 
 
 def files_of(path: Path) -> list[Path]:
