@@ -39,7 +39,7 @@ for threads in 1 $([ "$cores" -gt 1 ] && echo "$cores"); do
 done
 cat "$out"/runtime-*.jsonl > "$out/runtime.jsonl"
 # shellcheck disable=SC2086
-part folders "$python" "$here/speed.py" --networks $networks --kinds settled learned --threads 1 "$cores" --out "$out/folders" \
+part folders "$python" "$here/speed.py" --networks $networks --kinds cheap settled learned --threads 1 "$cores" --out "$out/folders" \
     --only native onnx openvino --rounds "${ROUNDS:-10}"
 for network in ${LOADED:-resnet50}; do
     part "loading-$network" "$python" "$here/loading.py" --arch "$network"
