@@ -141,6 +141,9 @@ def test_resume_from_elsewhere_and_after_a_move(
     shutil.copytree(digits, tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
     interrupted(options(Path("photos"), Path("run")), monkeypatch)
+    recorded = read_json("run/config.json")["config"]
+    assert recorded["data"] == str(tmp_path / "photos")
+    assert (recorded["source"], recorded["anchor"], recorded["small_source"]) == ("resnet18", "", "")
     shutil.copytree("run", "moved")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

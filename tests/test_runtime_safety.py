@@ -71,6 +71,22 @@ busy = False
 for thread in others: thread.join()
 """
 
+SERVE = """
+sys.path.insert(0, TESTS)
+from runs import write_run
+from afds.selection import SelectionConfig
+write_run("run", selection=SelectionConfig())
+photos = [np.random.randint(0, 255, (300, 400, 3), np.uint8) for _ in range(40)]
+torch.rand(400, 400) @ torch.rand(400, 400)  # torch has threads of its own now, which a child has not
+served = afds.load("run", runtime="native", threads=THREADS)
+answers = [prediction.top for prediction in served.predict(photos)]
+def serve():
+    assert [prediction.top for prediction in served.predict(photos)] == answers
+    assert served.predict(photos[0]).label == answers[0][0][0]
+for _ in range(3):
+    child(serve)
+"""
+
 EXIT = """
 threading.Thread(target=lambda: [executor(x) for _ in range(10**9)], daemon=True).start()
 time.sleep(0.2)
@@ -78,7 +94,7 @@ time.sleep(0.2)
 
 
 def run_script(text: str, threads: int) -> None:
-    script = PRELUDE.replace("THREADS", str(threads)) + text
+    script = (PRELUDE + text).replace("THREADS", str(threads))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=240,
                           check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -88,6 +104,17 @@ def run_script(text: str, threads: int) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_forked_children_predict_and_end(threads: int) -> None:
     run_script(FORK, threads)
+
+
+@linux
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_model_that_was_loaded_before_a_server_forks(
+    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    children = FORK[: FORK.index("def predict")]
+    run_script(children + SERVE.replace("TESTS", repr(str(Path(__file__).parent))), threads)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

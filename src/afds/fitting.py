@@ -169,6 +169,8 @@ def _absolute(config: FitConfig) -> FitConfig:
 
     def source(spec: str) -> str:
         name, colon, rest = spec.strip().partition(":")
+        if not spec:
+            return spec
         if Path(spec).expanduser().is_dir():
             return str(place(Path(spec)))
         return f"{name}:{place(Path(rest))}" if colon and rest and Path(rest).expanduser().exists() else spec

@@ -143,19 +143,23 @@ class Model:
                     if isinstance(result, ImageError):
                         raise result
             readable = [result for _, result in batch if isinstance(result, Tensor)]
-            tops = iter(self._top(torch.stack(readable), top_k) if readable else [])
+            tops = iter(self._top(readable, top_k) if readable else [])
             for path, result in batch:
                 if isinstance(result, ImageError):
                     yield Prediction(path, (), str(result))
                 else:
                     yield Prediction(path, next(tops))
 
-    def _top(self, x_BCHW: Tensor, top_k: int) -> list[tuple[tuple[str, float], ...]]:
-        probability_BK = self.logits(x_BCHW).float().softmax(1).cpu()
-        values, indices = probability_BK.topk(min(top_k, len(self.labels)), dim=1)
+    def _top(self, images: list[Tensor], top_k: int) -> list[tuple[tuple[str, float], ...]]:
+        if self.executor is None:
+            p_BK = self.logits(torch.stack(images)).float().softmax(1).cpu().numpy()
+        else:  # without torch: in a forked child it would wait for threads that the parent has
+            logits_BK = self.executor(np.stack([image.numpy() for image in images]))
+            p_BK = np.exp(logits_BK - logits_BK.max(1, keepdims=True))
+            p_BK /= p_BK.sum(1, keepdims=True)
+        first_BK = np.argsort(-p_BK, axis=1, kind="stable")[:, :top_k]
         return [
-            tuple((self.labels[i], p) for i, p in zip(row_i, row_p, strict=True))
-            for row_i, row_p in zip(indices.tolist(), values.tolist(), strict=True)
+            tuple((self.labels[i], float(p_K[i])) for i in first_K) for p_K, first_K in zip(p_BK, first_BK, strict=True)
         ]
 
     def _decoded(
