@@ -140,6 +140,7 @@ def test_resume_from_elsewhere_and_after_a_move(
 ) -> None:
     shutil.copytree(digits, tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet18").mkdir()  # no run: the source is timm's all the same
     interrupted(options(Path("photos"), Path("run")), monkeypatch)
     recorded = read_json("run/config.json")["config"]
     assert recorded["data"] == str(tmp_path / "photos")
@@ -226,6 +227,9 @@ def test_folders_are_listed_as_fit_reads_them(tmp_path: Path) -> None:
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked/ant").symlink_to(tmp_path / "photos/ant")
     (tmp_path / "linked/round").symlink_to(tmp_path / "linked")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "linked/there").symlink_to(tmp_path / "other")
+    (tmp_path / "other/back").symlink_to(tmp_path / "linked")
     photo = next((tmp_path / "photos/ant").iterdir())
     for name in (".hidden/x.png", "__MACOSX/x.png", "bee/._x.png"):
         (tmp_path / "linked" / name).parent.mkdir()

@@ -169,9 +169,7 @@ def _absolute(config: FitConfig) -> FitConfig:
 
     def source(spec: str) -> str:
         name, colon, rest = spec.strip().partition(":")
-        if not spec:
-            return spec
-        if Path(spec).expanduser().is_dir():
+        if spec and is_run(spec):
             return str(place(Path(spec)))
         return f"{name}:{place(Path(rest))}" if colon and rest and Path(rest).expanduser().exists() else spec
 

@@ -86,18 +86,18 @@ def image_files(paths: Sequence[Path | str]) -> Iterator[Path]:
             raise DataError(f"{path}: no such file or folder.")
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Plain files anywhere below, also where links to folders lead, as `scan` follows them."""
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [
-            name for name in folders
-            if not name.startswith(".") and name not in _SYSTEM_FOLDERS
-            and not (os.path.islink(link := os.path.join(parent, name)) and _circles(link))
-        ]  # fmt: skip
-        for name in files:
-            path = Path(parent, name)
-            if not name.startswith(".") and path.is_file():
-                yield path
+def _files_below(folder: str | Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Plain files anywhere below, also where links to folders lead, as `scan` follows them, but in no circle."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name not in _SYSTEM_FOLDERS]
+    for entry in visible:
+        if entry.is_dir():
+            yield from _files_below(entry.path, above | {here})
+        elif entry.is_file():
+            yield Path(entry.path)
 
 
 def scan(root: Path | str) -> Folder:
