@@ -110,6 +110,7 @@ def test_no_room_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow  # two programs that import torch; in one whole run the test's worker process was lost here
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     write_run(tmp_path / "run", selection=None)
