@@ -17,6 +17,7 @@ from afds import checkpoint, fitting
 from afds.artifact import is_run
 from afds.checkpoint import save_checkpoint
 from afds.cli import main
+from afds.compare import run as comparing
 from afds.config import DataConfig, FitConfig, OptimConfig
 from afds.data import image_files, scan, write_digits
 from afds.errors import ConfigError, DataError, RunFolderError
@@ -88,7 +89,8 @@ def test_a_file_in_the_way_is_told_before_photos_are_read(
     verb: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(fitting, "read_photos", None)
+    for reads_photos in (fitting, comparing):
+        monkeypatch.setattr(reads_photos, "read_photos", None)
     photos = [] if verb == "demo" else [str(digits), "--source", "resnet18"]
     assert main([verb, *photos, "--out", str(tmp_path / "file/run")]) == 2
     assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
@@ -110,7 +112,6 @@ def test_no_room_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert path.read_bytes() == before
 
 
-@pytest.mark.slow  # two programs that import torch; in one whole run the test's worker process was lost here
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     write_run(tmp_path / "run", selection=None)

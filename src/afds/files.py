@@ -83,21 +83,24 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def check_place(out: Path, option: str = "--out") -> None:
+def check_place(out: Path) -> Path:
     """Refuse a folder that could not be made or written to, before any work is done for it.
 
+    Returns:
+        The folder itself where it is there, else the nearest one above it.
     Raises:
         RunFolderError: a file or a broken link is in its way, or its place is not open to this user.
     """
     try:
         here = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists() or p.is_symlink())
     except OSError as error:
-        raise RunFolderError(f"{option} {out}: {error.strerror}.") from error
+        raise RunFolderError(f"--out {out}: {error.strerror}.") from error
     if not here.is_dir():
         what = "a link to nothing" if here.is_symlink() and not here.exists() else "a file"
-        raise RunFolderError(f"{option} {out}: {here} is {what}; name a folder that does not exist yet.")
+        raise RunFolderError(f"--out {out}: {here} is {what}; name a folder that does not exist yet.")
     if not os.access(here, os.W_OK | os.X_OK):
-        raise RunFolderError(f"{option} {out}: {here} cannot be written to; name another place.")
+        raise RunFolderError(f"--out {out}: {here} cannot be written to; name another place.")
+    return here
 
 
 def is_empty(folder: Path) -> bool:

@@ -297,15 +297,12 @@ def read_photos(config: FitConfig, progress: Progress) -> tuple[Splits, dict[str
 def _check_out(out: Path, resuming: bool) -> None:
     if resuming:
         return
-    if out.exists() and not out.is_dir():
-        raise RunFolderError(f"--out {out} is a file; name a folder that does not exist yet.")
+    here = check_place(out)
     if out.exists() and not is_empty(out):
         begun = (out / "config.json").exists() and not is_run(out)
         hint = f" To go on with the run in it: afds fit --resume {out}" if begun else ""
         raise RunFolderError(f"--out {out} is not empty; name a new folder, nothing is ever overwritten.{hint}")
-    check_place(out)
-    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if shutil.disk_usage(parent).free < 2**30:
+    if shutil.disk_usage(here).free < 2**30:
         raise RunFolderError(f"--out {out}: less than 1 GiB is free there.")
 
 

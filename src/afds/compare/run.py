@@ -139,7 +139,7 @@ def check_folder(c: CompareConfig) -> None:
     check_place(c.out)
     path = c.out / "compare.json"
     if not path.exists():
-        if c.out.exists() and (not c.out.is_dir() or not is_empty(c.out)):
+        if c.out.exists() and not is_empty(c.out):
             raise RunFolderError(f"--out {c.out} is not empty and holds no comparison; name a new folder.")
         return
     saved = read_json(path)
