@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from afds import fitting
 from afds.artifact import is_run, load_run
@@ -298,14 +299,21 @@ def test_bad_requests_are_refused_before_training(digits: Path, finished: Path, 
         FitConfig(method="magic")
 
 
-def test_changed_photos_are_not_resumed(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("change", ["taken away", "replaced under its name"])
+def test_changed_photos_are_not_resumed(
+    change: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = tmp_path / "photos"
     shutil.copytree(digits, data)
     with monkeypatch.context() as patch:
         patch.setattr(fitting.Progress, "update", lambda self, event: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fit(options(data, tmp_path / "run"), quiet=True)
-    next((data / "train/one").iterdir()).unlink()
+    photo = next((data / "train/one").iterdir())
+    if change == "taken away":
+        photo.unlink()
+    else:
+        Image.new("RGB", (50, 40)).save(photo)
     with pytest.raises(DataError, match="photos have changed"):
         fit(FitConfig(resume=tmp_path / "run"), quiet=True)
 

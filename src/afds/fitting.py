@@ -288,6 +288,7 @@ def read_photos(config: FitConfig, progress: Progress) -> tuple[Splits, dict[str
         progress.say(f"warning: {warning}")
     counts = {"train": len(splits.train), "val": len(splits.val), "test": len(splits.test or ())}
     facts = {"classes": len(splits.classes), **counts, "fingerprint": splits.fingerprint(),
+             "bytes": sum(item.path.stat().st_size for item in splits.items()),
              "warnings": list(folder.warnings), "unreadable": [str(u.path) for u in unreadable]}  # fmt: skip
     if splits.unlabelled:
         facts |= {"unlabelled": len(splits.unlabelled), "unlabelled_fingerprint": fingerprint(splits.unlabelled)}
@@ -310,7 +311,9 @@ def _same_data(out: Path, facts: dict[str, Any]) -> None:
     saved = read_json(out / "config.json").get("data")
     if not isinstance(saved, dict):
         raise RunFolderError(f"{out / 'config.json'} does not say which photos the run was started on.")
-    if any(saved.get(name) != facts.get(name) for name in ("fingerprint", "unlabelled_fingerprint")):
+    bytes_then = saved.get("bytes", facts["bytes"])  # runs of before 28 November 2026 do not say
+    names_then, names = ([f.get(name) for name in ("fingerprint", "unlabelled_fingerprint")] for f in (saved, facts))
+    if names_then != names or bytes_then != facts["bytes"]:
         raise DataError(f"The photos have changed since {out} was started: a resumed run would mix two data sets. "
                         "Start a new run.")  # fmt: skip
 
