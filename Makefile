@@ -26,17 +26,21 @@ test-slow: $(STAMP)
 # The runtime's tests on kernels built under sanitizers (g++; minutes to compile): SANITIZER=address,undefined or thread.
 # -S leaves out the editable install, which would come before the build under test; libstdc++ is preloaded so that
 # the sanitizer finds the exceptions it is to watch; CPython itself leaks, and torch's own threads are not watched.
-# Arguments of pytest: ARGS='-k family'.
+# Where threads are watched no process may fork or end amid a call. Arguments of pytest: ARGS='-k family'.
 SANITIZER := address,undefined
 comma := ,
 SANITIZED := build/sanitized-$(firstword $(subst $(comma), ,$(SANITIZER)))
+SAFETY := --deselect=tests/test_runtime_safety.py::test_
+UNSANITIZED := $(if $(filter thread,$(SANITIZER)),$(SAFETY)forked_children_predict_and_end \
+  $(SAFETY)a_model_that_was_loaded_before_a_server_forks \
+  $(SAFETY)a_daemon_thread_may_be_predicting_when_the_program_ends)
 sanitize: $(SANITIZED)/.built
 	LD_PRELOAD="$$(g++ -print-file-name=lib$(if $(filter thread,$(SANITIZER)),tsan,asan).so) $$(g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
 	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 \
 	PYTHONPATH="$(SANITIZED):$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 	$(BIN)/python -S -m pytest -p no:cacheprovider tests/test_runtime.py tests/test_runtime_bf16.py \
-	  tests/test_runtime_choice.py $(ARGS)
+	  tests/test_runtime_choice.py tests/test_runtime_safety.py $(UNSANITIZED) $(ARGS)
 
 $(SANITIZED)/.built: $(STAMP) CMakeLists.txt $(wildcard kernels/* src/afds/*.py src/afds/*/*.py)
 	rm -rf $(SANITIZED)
