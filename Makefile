@@ -26,7 +26,7 @@ test-slow: $(STAMP)
 # The runtime's tests on kernels built under sanitizers (g++; minutes to compile): SANITIZER=address,undefined or thread.
 # -S leaves out the editable install, which would come before the build under test; libstdc++ is preloaded so that
 # the sanitizer finds the exceptions it is to watch; CPython itself leaks, and torch's own threads are not watched.
-# Where threads are watched no process may fork or end amid a call. Arguments of pytest: ARGS='-k family'.
+# Where threads are watched the tests that fork or end amid a call are left out. Arguments of pytest: ARGS='-k family'.
 SANITIZER := address,undefined
 comma := ,
 SANITIZED := build/sanitized-$(firstword $(subst $(comma), ,$(SANITIZER)))
