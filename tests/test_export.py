@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ import afds.export
 from afds.compaction import compact, static
 from afds.errors import AfdsError, ExportError
 from afds.export import export_run
-from afds.export.formats import READERS, SUFFIX, open_onnx, read_facts
+from afds.export.formats import READERS, SUFFIX, open_onnx, read_facts, write_onnx
 from afds.export.onnx_graph import dynamic_graph
 from afds.export.skipping import skipping_network
 from afds.selection import SelectionConfig, gates, select, set_density
@@ -215,11 +218,29 @@ def test_a_missing_extra_names_the_command(run: Path, kind: str, monkeypatch: py
 
 
 def test_static_network_in_any_batch(tiny_mobilenet: nn.Module, tmp_path: Path) -> None:
-    from afds.export.formats import write_onnx
-
     model = train_like(select(tiny_mobilenet, density=0.5)).eval()
     small = static(model, [torch.randn(4, 3, 33, 33)])
     write_onnx(small, tmp_path / "a.onnx", 33, 5, {}, dynamic=False)
     for batch in (1, 5):
         x_BCHW = torch.randn(batch, 3, 33, 33)
         assert gap(small(x_BCHW).detach(), open_onnx(tmp_path / "a.onnx", 1)(x_BCHW.numpy())) < 1e-3
+
+
+SIGNALS = """
+import faulthandler, gc, signal, subprocess, sys
+from afds.export.formats import open_openvino
+faulthandler.enable()  # a signal's stack of its own, on which Python takes all signals, as under pytest
+first, second = (open_openvino(b) for b in [open(sys.argv[1], "rb").read()] * 2)
+del first; gc.collect()
+del second; gc.collect()
+signal.signal(signal.SIGCHLD, lambda *_: print("a child ended"))  # torch has one, once data came from processes
+subprocess.run(["true"], check=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="Windows has no signal when a process ends")
+def test_openvino_leaves_the_signals_of_the_program_alone(tiny_resnet: nn.Module, tmp_path: Path) -> None:
+    write_onnx(tiny_resnet.eval(), tmp_path / "a.onnx", 33, 5, {}, dynamic=False)
+    done = subprocess.run([sys.executable, "-c", SIGNALS, str(tmp_path / "a.onnx")], capture_output=True, text=True,
+                          timeout=240, check=False)  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "a child ended\n"), done.stderr

@@ -112,7 +112,6 @@ def test_no_room_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert path.read_bytes() == before
 
 
-@pytest.mark.slow  # in a whole run with two workers its worker is lost, twice of twice, without a word; alone it passes
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     write_run(tmp_path / "run", selection=None)

@@ -7,6 +7,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,11 @@ def open_openvino(path: Path | bytes, threads: int = 0, precision: str = "f32") 
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
-    compiled = core.compile_model(model, "CPU", options)
+    # Its CPU plugin gives the thread in which it is loaded a stack for signals, and takes it back only if plugins end
+    # in the reverse order: else what stays is freed memory, and the next signal that Python handles ends the program
+    # without a word (a child's end is one, where torch loads data in processes). So that thread is one of its own.
+    with ThreadPoolExecutor(1) as loading:
+        compiled = loading.submit(core.compile_model, model, "CPU", options).result()
     if (got := compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()) != precision:
         raise ConfigError(f"OpenVINO computes in {got} on this CPU, not in {precision}")
     request = compiled.create_infer_request()
