@@ -33,7 +33,7 @@ from afds.graph import residual_blocks, stage_ends, unit_roles
 from afds.hardware import stamp
 from afds.schedule import solve
 from afds.selection import gates, select, selective_units
-from afds.settling import choose, settle, tied_units
+from afds.settling import Winners, settle, tied_units
 from afds.sources import load_source
 from afds.task import Task
 from afds.transfer import AttentiveTransfer, BlockHints, LogitDistillation, Regulariser
@@ -128,11 +128,8 @@ def settled_task(
     layers = balance.layers_of(network, tied)
     path = balance.allocation(balance.start(1 + max(stage for stage, _ in layers.values())), layers)
     worth = {name: torch.rand_like(gate.importance) for name, gate in gates(network).items()}
-
-    def place(model: nn.Module, density: dict[str, float]) -> None:
-        choose(model, density, worth, tied, multiple_of=config.descent.multiple_of)
-
-    solve(network, path, ratio, [x_BCHW], place=place)
+    winners = Winners(worth, tied, config.descent.multiple_of)
+    solve(network, path, ratio, [x_BCHW], place=winners.place, spend=winners.spend)
     nothing = torch.empty(0, dtype=torch.long)
     kept = {name: KeptChannels(out, nothing) for name, out in settle(network).items()}
     for term in terms:

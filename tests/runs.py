@@ -16,7 +16,7 @@ from afds.cost import measure_cost
 from afds.data import Preprocess
 from afds.fitting import cost_summary
 from afds.selection import SelectionConfig, gates, select, set_density
-from afds.settling import choose, fix_scales, settle, tied_units
+from afds.settling import Winners, fix_scales, settle, tied_units
 from networks import randomise_bn, train_like
 
 LABELS = ("ant", "bee", "cat")
@@ -55,7 +55,7 @@ def write_run(
         fix_scales(model, list, but_cheap=scales == "cheap")
         chosen = gates(model)
         worth = {name: torch.rand(gate.sign.numel()) for name, gate in chosen.items()}
-        choose(model, dict.fromkeys(chosen, 0.6), worth, tied_units(model))
+        Winners(worth, tied_units(model)).place(model, dict.fromkeys(chosen, 0.6))
         settle(model)
         for gate in chosen.values():
             torch.nn.init.normal_(gate.predictor.weight, std=0.3)

@@ -6,6 +6,7 @@ import copy
 import math
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -14,9 +15,9 @@ from afds.cost import CostMeter
 from afds.graph import unit_roles
 from afds.masks import observe
 from afds.reconstruction import Reconstruction
-from afds.schedule import solve
-from afds.selection import Gate, SelectionConfig, SelectiveConvBN, gates, select, selective_units
-from afds.settling import choose, fix_scales, is_cheap, settle, tied_units
+from afds.schedule import solve, uniform
+from afds.selection import Gate, SelectionConfig, SelectiveConvBN, densities, gates, select, selective_units
+from afds.settling import Winners, fix_scales, is_cheap, settle, tied_units
 from networks import FAMILIES, randomise_bn, train_like
 from runs import ARCH_ARGS, tiny_network
 
@@ -36,7 +37,7 @@ def test_cut_network_is_the_masked_one_and_costs_the_same(family: str) -> None:
     model = network(family)
     tied = tied_units(model)
     assert sorted(name for names in tied for name in names) == sorted(gates(model))
-    choose(model, dict.fromkeys(gates(model), 0.4), some_worth(model), tied)
+    Winners(some_worth(model), tied).place(model, dict.fromkeys(gates(model), 0.4))
     x = torch.randn(3, 3, 40, 40)
     masked, before = copy.deepcopy(model), CostMeter(model)(x)[1]
     kept = settle(model)
@@ -62,7 +63,7 @@ def test_a_stream_keeps_one_set_of_the_largest_summed_worth() -> None:
     assert {name for names in streams for name in names} >= {n for n, role in roles.items() if role != "inner"} - {
         "conv1"
     }
-    choose(model, dict.fromkeys(gates(model), 0.5), worth, tied)
+    Winners(worth, tied).place(model, dict.fromkeys(gates(model), 0.5))
     for names in streams:
         total = torch.stack([worth[name] for name in names]).sum(0)
         best = set(total.topk(math.ceil(len(total) / 2)).indices.tolist())
@@ -74,12 +75,35 @@ def test_a_stream_keeps_one_set_of_the_largest_summed_worth() -> None:
 
 def test_wide_layers_keep_a_multiple_and_narrow_ones_what_they_are_asked_to() -> None:
     model = network("resnet-basic")  # 8 to 24 channels
-    choose(model, dict.fromkeys(gates(model), 0.3), some_worth(model), tied_units(model), multiple_of=3)
+    Winners(some_worth(model), tied_units(model), 3).place(model, dict.fromkeys(gates(model), 0.3))
     kept = {gate.sign.numel(): int(gate.kept.sum()) for gate in gates(model).values()}
     assert kept[24] == 6  # 7.2 to the nearest multiple
     assert kept[8] == 3  # too narrow to be rounded: 2.4 up, as always
-    choose(model, dict.fromkeys(gates(model), 0.01), some_worth(model), tied_units(model), multiple_of=3)
+    Winners(some_worth(model), tied_units(model), 3).place(model, dict.fromkeys(gates(model), 0.01))
     assert {int(gate.kept.sum()) for gate in gates(model).values() if gate.sign.numel() == 24} == {1}
+
+
+@pytest.mark.parametrize("ratio", [2.0, 4.0, 7.0, 11.0])
+def test_what_rounding_leaves_of_a_budget_is_spent(ratio: float) -> None:
+    """Widths in steps of 8: the path alone meets up to 1.3 times what was asked."""
+    torch.manual_seed(0)
+    model = select(timm.create_model("resnet18", num_classes=10).eval()).eval()
+    fix_scales(model, list)
+    x = torch.randn(1, 3, 64, 64)
+    rounded = Winners(some_worth(model), tied_units(model), 8)
+    meter = CostMeter(model)
+    solve(model, uniform(model), ratio, [x], steps=14, place=rounded.place)
+    alone, before = meter.mean([x]).ratio, densities(model)
+    solve(model, uniform(model), ratio, [x], steps=14, place=rounded.place, spend=rounded.spend)
+    spent, after = meter.mean([x]).ratio, densities(model)
+    assert ratio <= spent <= min(alone, 1.03 * ratio)
+    for names in rounded.tied:
+        channels = gates(model)[names[0]].sign.numel()
+        steps = {(after[name] - before[name]) * channels / 8 for name in names}
+        assert len(steps) == 1  # tied units stay tied
+        assert steps <= {0.0, 1.0}
+        for name in names:
+            assert int(gates(model)[name].kept.sum()) == round(after[name] * channels)
 
 
 def test_a_network_that_is_refitted_after_the_cut_is_the_one_refitted_before_it() -> None:
@@ -88,7 +112,7 @@ def test_a_network_that_is_refitted_after_the_cut_is_the_one_refitted_before_it(
     images = [torch.randn(16, 3, 32, 32) for _ in range(2)]
     refit = Reconstruction(reference, images)
     masked = copy.deepcopy(reference)
-    choose(masked, dict.fromkeys(gates(masked), 0.5), some_worth(masked), tied_units(masked))
+    Winners(some_worth(masked), tied_units(masked)).place(masked, dict.fromkeys(gates(masked), 0.5))
     cut = copy.deepcopy(masked)
     kept = settle(cut)
     left_cut = refit(cut, channels=kept)
@@ -105,7 +129,7 @@ def test_low_rank_predictors_have_the_rank_of_what_is_left_and_are_counted_so_be
     model = select(randomise_bn(FAMILIES[family]()).eval(), low).eval()
     tied, x = tied_units(model), torch.randn(2, 3, 40, 40)
     for density in (0.2, 0.9, 0.5):  # what a search tries first leaves no trace
-        choose(model, dict.fromkeys(gates(model), density), some_worth(model), tied)
+        Winners(some_worth(model), tied).place(model, dict.fromkeys(gates(model), density))
     before = CostMeter(model)(x)[1]
     expected = model(x)
     settle(model)
@@ -126,7 +150,7 @@ def test_a_low_rank_predictor_that_has_learned_keeps_its_rank() -> None:
     torch.manual_seed(0)
     model = train_like(select(FAMILIES["resnet-basic"]().eval(), SelectionConfig(predictor="low-rank"))).eval()
     ranks = {name: gate.predictor.rank for name, gate in gates(model).items()}
-    choose(model, dict.fromkeys(ranks, 0.4), some_worth(model), tied_units(model))
+    Winners(some_worth(model), tied_units(model)).place(model, dict.fromkeys(ranks, 0.4))
     x = torch.randn(2, 3, 40, 40)
     expected = model(x)
     settle(model)
@@ -144,7 +168,7 @@ def test_fixed_scales_leave_the_function_and_no_predictor(family: str) -> None:
         torch.testing.assert_close(model(x), before(x))
     meter = CostMeter(model)(x)[1]
     assert sum(layer.predictor + layer.scaling for layer in meter.layers.values()) == 0
-    choose(model, dict.fromkeys(gates(model), 0.5), some_worth(model), tied_units(model))
+    Winners(some_worth(model), tied_units(model)).place(model, dict.fromkeys(gates(model), 0.5))
     masked = copy.deepcopy(model)
     settle(model)
     with torch.no_grad():
@@ -171,7 +195,7 @@ def test_cheap_predictors_stay_and_the_function_too(family: str) -> None:
     predicted = {name for name, unit in units.items() if unit.gate.dynamic.all()}
     assert predicted < set(units) or family == "vgg"
     assert predicted == {n for n, u in units.items() if u.conv.kernel_size != (1, 1) and u.conv.groups <= 2}
-    choose(model, dict.fromkeys(units, 0.5), some_worth(model), tied_units(model))
+    Winners(some_worth(model), tied_units(model)).place(model, dict.fromkeys(units, 0.5))
     settle(model)
     assert {name for name, gate in gates(model).items() if gate.predictor.out_channels} == predicted
 
@@ -207,7 +231,7 @@ def test_every_unit_has_a_stage_and_the_budget_is_met(family: str) -> None:
         assert len({layers[name] for name in names}) == 1
     rule = start(stages)
     x = torch.randn(1, 3, 40, 40)
-    solve(model, lambda t: rule.densities(t, layers), 1.5, [x], place=lambda m, d: choose(m, d, worth, tied), steps=12)
+    solve(model, lambda t: rule.densities(t, layers), 1.5, [x], place=Winners(worth, tied).place, steps=12)
     assert CostMeter(model)(x)[1].ratio >= 1.5
 
 

@@ -23,7 +23,7 @@ from afds import balance
 from afds.cost import CostMeter
 from afds.schedule import solve, uniform
 from afds.selection import SelectionConfig, gates, round_predictors
-from afds.settling import choose, fix_scales, settle, tied_units
+from afds.settling import Winners, fix_scales, settle, tied_units
 
 CLASSES = 101
 
@@ -75,11 +75,8 @@ def _settle(selective: nn.Module, ratio: float, x_BCHW: Tensor) -> tuple[nn.Modu
     stages = 1 + max(stage for stage, _ in layers.values())
     path = balance.allocation(balance.start(stages), layers)
     worth = {name: torch.rand_like(gate.importance) for name, gate in gates(selective).items()}
-
-    def place(network: nn.Module, density: dict[str, float]) -> None:
-        choose(network, density, worth, tied, multiple_of=8)
-
-    solve(selective, path, ratio, [x_BCHW], place=place)
+    winners = Winners(worth, tied, 8)
+    solve(selective, path, ratio, [x_BCHW], place=winners.place, spend=winners.spend)
     settle(selective)
     _let_learn(selective, std=0.003)  # all that is left is computed, as in trained networks
     _see(selective, x_BCHW.shape[-1])

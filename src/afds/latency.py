@@ -27,7 +27,7 @@ from afds.cost import CostMeter, has_selection
 from afds.errors import BudgetError, ConfigError
 from afds.hardware import usable_cores
 from afds.runtimes import OPENERS, check_runtime
-from afds.schedule import Allocation, Place, search
+from afds.schedule import Allocation, Place, Spend, search
 from afds.selection import set_density
 
 WARM_UP = 3  # calls before the first that counts
@@ -85,10 +85,13 @@ class Stopwatch:
 
 
 def solve_latency(
-    network: nn.Module, allocation: Allocation, ms: float, watch: Stopwatch, *, place: Place = set_density
-) -> float:
+    network: nn.Module, allocation: Allocation, ms: float, watch: Stopwatch, *, place: Place = set_density,
+    spend: Spend | None = None,
+) -> float:  # fmt: skip
     """Set the largest densities along ``allocation`` at which an image takes at most ``AIM * ms``.
 
+    Args:
+        place, spend: as of `search`.
     Returns:
         t of the allocation; the network's densities are set accordingly.
     Raises:
@@ -100,21 +103,23 @@ def solve_latency(
                 f"{watch(network):.3g} ms here ({watch.describe()}). Ask for less, take smaller images or a smaller "
                 "network.")  # fmt: skip
 
-    return search(network, allocation, lambda: watch(network) <= AIM * ms, unreachable, steps=STEPS, place=place)
+    return search(network, allocation, lambda: watch(network) <= AIM * ms, unreachable, steps=STEPS, place=place,
+                  spend=spend)  # fmt: skip
 
 
 def ratio_for(
     network: nn.Module, allocation: Allocation, place: Place, ms: float, watch: Stopwatch, probe: Sequence[Tensor],
-    reference: float = 0.0,
+    reference: float = 0.0, *, spend: Spend | None = None,
 ) -> float:  # fmt: skip
     """The ratio of MACs that ``ms`` comes to on this machine, along ``allocation``; the model stays there.
 
     Args:
         reference: MACs of the dense network that the ratio is meant of; 0: this one's.
+        place, spend: as of `search`.
     Raises:
         BudgetError: out of reach; or the network with all its channels is within the budget.
     """
-    t = solve_latency(network, allocation, ms, watch, place=place)
+    t = solve_latency(network, allocation, ms, watch, place=place, spend=spend)
     if t >= 1:
         raise BudgetError(f"The budget {ms:.4g}ms leaves nothing to do: with all channels this network takes less "
                           f"here ({watch.describe()}). Use --budget 1x, or ask for fewer milliseconds.")  # fmt: skip

@@ -102,6 +102,9 @@ def sparing_stream(model: nn.Module) -> Allocation:
 Place = Callable[[nn.Module, dict[str, float]], None]
 """Puts densities into a network: `set_density`, or what chooses the channels at once."""
 
+Spend = Callable[[nn.Module, dict[str, float], Callable[[], bool]], None]
+"""Given the network, the densities that were found and whether the budget is met: spends what they leave of it."""
+
 
 def solve(
     model: nn.Module,
@@ -112,6 +115,7 @@ def solve(
     upper: float = 1.0,
     steps: int = 9,
     place: Place = set_density,
+    spend: Spend | None = None,
     reference: float = 0.0,
 ) -> float:
     """Set the largest densities along ``allocation`` whose counted MACs are at most dense / ``ratio``.
@@ -119,7 +123,7 @@ def solve(
     Args:
         batches: images (B, 3, H, W) on which the cost is counted.
         reference: MACs of the dense network that ``ratio`` is meant of; 0: this one's.
-        upper, steps, place: as of `search`, which says what comes back and what is raised.
+        upper, steps, place, spend: as of `search`, which says what comes back and what is raised.
     """
 
     meter = CostMeter(model, reference)
@@ -133,7 +137,7 @@ def solve(
     def met() -> bool:
         return meter.mean(batches).ratio >= ratio
 
-    return search(model, allocation, met, unreachable, upper=upper, steps=steps, place=place)
+    return search(model, allocation, met, unreachable, upper=upper, steps=steps, place=place, spend=spend)
 
 
 def search(
@@ -145,6 +149,7 @@ def search(
     upper: float = 1.0,
     steps: int = 9,
     place: Place = set_density,
+    spend: Spend | None = None,
 ) -> float:
     """Set the largest densities along ``allocation`` at which the budget is ``met``, by halving log t.
 
@@ -154,6 +159,7 @@ def search(
         upper: do not look above this t: the density only falls.
         steps: halvings of the interval of log t.
         place: how densities are put into the model.
+        spend: what is done with the budget that is left where no larger t meets it, as widths are rounded.
     Returns:
         t; the model's densities are set accordingly.
     Raises:
@@ -175,7 +181,10 @@ def search(
             low = middle
         else:
             high = middle
-    place(model, allocation(low))
+    found = allocation(low)
+    place(model, found)
+    if spend is not None:
+        spend(model, found, met)
     return low
 
 

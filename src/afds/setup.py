@@ -42,9 +42,9 @@ from afds.errors import BudgetError, ConfigError
 from afds.graph import convbn_units, residual_blocks, stage_ends, unit_roles
 from afds.hardware import stamp
 from afds.latency import Stopwatch, ratio_for
-from afds.schedule import Allocation, Place, parse_budget, plan_descent, solve, sparing_stream, uniform
+from afds.schedule import Allocation, Place, Spend, parse_budget, plan_descent, solve, sparing_stream, uniform
 from afds.selection import SelectionConfig, gates, select, selective_units, set_density
-from afds.settling import choose, fix_scales, tied_units
+from afds.settling import Winners, fix_scales, tied_units
 from afds.sources import check_supported, load_source
 from afds.state import Plan
 from afds.task import Task
@@ -219,8 +219,8 @@ class Setup:
             network, found = self.network, 0.0
             if self.fabric.is_global_zero:  # the others would only disturb the measurement
                 kept = {name: gate.kept.clone() for name, gate in gates(network).items()}
-                found = ratio_for(network, *self._widths_to_time(network), ms, stopwatch, probe,
-                                  self.reference_macs)  # fmt: skip
+                allocation, place, spend = self._widths_to_time(network)
+                found = ratio_for(network, allocation, place, ms, stopwatch, probe, self.reference_macs, spend=spend)
                 set_density(network, 1.0)
                 for name, gate in gates(network).items():
                     gate.kept.copy_(kept[name])
@@ -229,16 +229,16 @@ class Setup:
             self.config = dataclasses.replace(self.config, latency=latency)
         return stopwatch
 
-    def _widths_to_time(self, network: nn.Module) -> tuple[Allocation, Place]:
+    def _widths_to_time(self, network: nn.Module) -> tuple[Allocation, Place, Spend | None]:
         """How densities fall while a stopwatch looks, and how they are put in: which channels win is of no matter."""
         if self.config.method == "afds" and self.config.descent.settle:
             tied = tied_units(network)
             layers = balance.layers_of(network, tied)
             rule = balance.start(1 + max(stage for stage, _ in layers.values()))
             alike = {name: torch.ones(gate.sign.numel()) for name, gate in gates(network).items()}
-            multiple = self.config.descent.multiple_of
-            return balance.allocation(rule, layers), lambda m, d: choose(m, d, alike, tied, multiple_of=multiple)
-        return (sparing_stream if self.config.descent.allocation == "stream" else uniform)(network), set_density
+            winners = Winners(alike, tied, self.config.descent.multiple_of)
+            return balance.allocation(rule, layers), winners.place, winners.spend
+        return (sparing_stream if self.config.descent.allocation == "stream" else uniform)(network), set_density, None
 
     def _cheaper(self, whole: nn.Module, compression: str, transfer: str) -> nn.Module:
         """The network that is trained in place of ``whole``: smaller, on smaller images, or both."""

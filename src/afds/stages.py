@@ -30,9 +30,9 @@ from afds.masks import mask_counts, update_masks
 from afds.norms import reestimate_norms
 from afds.reconstruction import ROWS, Reconstruction
 from afds.record import Record
-from afds.schedule import Allocation, Place, solve, sparing_stream, uniform
+from afds.schedule import Allocation, solve, sparing_stream, uniform
 from afds.selection import densities, gates, set_density
-from afds.settling import choose, tied_units
+from afds.settling import Winners, tied_units
 from afds.state import Plan, State
 
 Tell = Callable[[dict[str, Any]], None]  # progress.py listens
@@ -106,22 +106,19 @@ def settle_winners(
     if d.worth == "elimination" and crops:
         eliminate = Elimination(network, crops, plan.labelled, ridge=d.ridge)
         worth = {**worth, **eliminate()}
-    tied = tied_units(network)
-
-    def place(model: nn.Module, density: dict[str, float]) -> None:
-        choose(model, density, worth, tied, multiple_of=d.multiple_of)
-
-    allocation = _allocation(plan, state, importance, crops, place, tied, record, progress)
+    winners = Winners(worth, tied_units(network), d.multiple_of)
+    allocation = _allocation(plan, state, importance, crops, winners, record, progress)
     if plan.ms is not None and plan.stopwatch is not None:
         alone = fabric.is_global_zero  # rank 0 alone holds the stopwatch
-        t = solve_latency(network, allocation, plan.ms, plan.stopwatch, place=place) if alone else 0.0
+        t = solve_latency(network, allocation, plan.ms, plan.stopwatch, place=winners.place,
+                          spend=winners.spend) if alone else 0.0  # fmt: skip
     else:
-        t = solve(network, allocation, descent.ratio, plan.probe, steps=14, place=place,
+        t = solve(network, allocation, descent.ratio, plan.probe, steps=14, place=winners.place, spend=winners.spend,
                   reference=plan.reference_macs)  # fmt: skip
     chosen = densities(network)
     if eliminate is not None:  # again, now that it is known which outputs need their inputs
         worth |= eliminate({name: gate.kept for name, gate in gates(network).items()})
-        place(network, chosen)
+        winners.place(network, chosen)
         del eliminate  # its matrices
     _agree(fabric, network)
     state.settle()
@@ -141,13 +138,13 @@ def settle_winners(
 
 def _allocation(
     plan: Plan, state: State, importance: Importance, crops: Sequence[Tensor],
-    place: Place, tied: Sequence[tuple[str, ...]], record: Record, progress: Tell,
+    winners: Winners, record: Record, progress: Tell,
 ) -> Allocation:  # fmt: skip
     """The path of densities along which the network settles."""
     network, d, ratio = state.task.network, plan.config.descent, plan.descent.ratio if plan.descent else 1.0
     if d.allocation != "refit" or plan.teacher is None:
         return choose_allocation(network, plan.config, importance, plan.probe)
-    layers = balancing.layers_of(network, tied)
+    layers = balancing.layers_of(network, winners.tied)
     stages = 1 + max(stage for stage, _ in layers.values())
     if not crops or plan.reference is None:
         return balancing.allocation(balancing.start(stages), layers)
@@ -159,7 +156,8 @@ def _allocation(
         path = balancing.allocation(exponents, layers)
 
         def meet(cut: nn.Module) -> None:
-            solve(cut, path, ratio, [plan.probe[0][:1]], steps=12, place=place, reference=plan.reference_macs)
+            solve(cut, path, ratio, [plan.probe[0][:1]], steps=12, place=winners.place, spend=winners.spend,
+                  reference=plan.reference_macs)  # fmt: skip
 
         try:
             return trial(meet)
