@@ -32,6 +32,7 @@ from afds.mixing import mixture
 from afds.norms import reestimate_norms
 from afds.record import Record
 from afds.selection import densities
+from afds.signs import pass_through_zero
 from afds.stages import cut_channels, descend, settle_winners
 from afds.state import Plan, State
 from afds.task import learning_rate
@@ -86,6 +87,7 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
             if c.optim.clip > 0:
                 fabric.clip_gradients(wrapped, optimizer, max_norm=c.optim.clip, error_if_nonfinite=False)
             optimizer.step()
+            pass_through_zero(task.network, optimizer.state)
             optimizer.zero_grad(set_to_none=True)
             images += len(y_B) * fabric.world_size
             sums.add(losses)
