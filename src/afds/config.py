@@ -58,8 +58,8 @@ class DataConfig:
     flip: bool = True
     """Mirror training images at random."""
     colour: float = 0.0
-    """Strength of the jitter of brightness, contrast and saturation, from 0 (none) to 1; where a settled network
-    learns again, --recovery.colour takes its place."""
+    """Strength of the jitter of brightness, contrast, saturation and hue, from 0 (none) to 1, a quarter of it the share
+    of images made grey; where a settled network learns again, --recovery.colour takes its place."""
     workers: int = 2
     """Processes that read images. 0 reads in the main process."""
     skip_unreadable: bool = False
@@ -292,8 +292,8 @@ class RecoveryConfig:
     cutmix: float = 0.0
     """Of those steps, the share that pastes a rectangle instead of blending."""
     colour: float = 0.4
-    """Strength of the jitter of brightness, contrast and saturation, from 0 (none) to 1; the dense network that is
-    learned from sees the same colours. 0 where a change of colour changes the class."""
+    """Strength of the jitter of brightness, contrast, saturation and hue, from 0 (none) to 1, a quarter of it the share
+    of images made grey; the dense network that is learned from sees the same. 0 where colour tells the class."""
     hints: float = 10.0
     """Weight of matching the output of every residual block with the fine-tuned dense network's."""
 

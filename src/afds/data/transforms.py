@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from afds.data.colours import Colours
 from afds.data.images import shrink
 from afds.data.preprocess import Preprocess
 from afds.errors import ConfigError
@@ -33,7 +34,7 @@ class Augment:
     flip: bool = True
     """Mirror every second image, left to right. Turn it off where that changes the class (digits, text)."""
     colour: float = 0.0
-    """Strength of the jitter of brightness, contrast and saturation, from 0 (none) to 1."""
+    """Strength of the jitter of colours, from 0 (none) to 1: see `Colours`."""
 
     def __post_init__(self) -> None:
         if self.crop not in ("resized", "random", "centre"):
@@ -51,8 +52,8 @@ class Transform:
     def __init__(self, steps: list[torch.nn.Module], preprocess: Preprocess, colour: float = 0.0) -> None:
         self.shrink_to = preprocess.shrink_to
         steps = [*steps, v2.ToDtype(torch.float32, scale=True)]
-        if colour:  # of floats: of bytes it takes 1.6 times as long, converting to floats and back at each step
-            steps.append(v2.ColorJitter(colour, colour, colour))
+        if colour:
+            steps.append(Colours(colour))
         self._steps = v2.Compose([*steps, v2.Normalize(preprocess.mean, preprocess.std)])
 
     def __call__(self, image: Image.Image) -> Tensor:
