@@ -196,14 +196,20 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
     for (size_t i = 0; i < c.fixed.size(); ++i)
       check(c.fixed[i] >= 0 && c.fixed[i] < c.out && (i == 0 || c.fixed[i] > c.fixed[i - 1]), c.name + ": rows");
   if (c.rows == Rows::kFollow) check(c.in == c.out, c.name + ": a depthwise unit with other channels");
+  const bool alone = c.rows == Rows::kAll && full_[c.x];  // its weights are read in one way only
   if (c.halves) {
     const int width = c.in / c.groups;
     const size_t lines = size_t(c.out) * c.taps;
     c.columns = (width + 1) / 2 * 2;
-    auto *kept = reinterpret_cast<uint16_t *>(arena_.take((lines * c.columns + 1) / 2));
-    for (size_t i = 0; i < lines; ++i)
-      std::memcpy(kept + i * c.columns, c.halves + i * width, sizeof(uint16_t) * width);
-    c.halves = kept;
+    set_lanes(c);
+    if (!(c.streams.size() && alone)) {
+      auto *kept = reinterpret_cast<uint16_t *>(arena_.take((lines * c.columns + 1) / 2));
+      for (size_t i = 0; i < lines; ++i)
+        std::memcpy(kept + i * c.columns, c.halves + i * width, sizeof(uint16_t) * width);
+      c.halves = kept;
+    } else {
+      c.halves = reinterpret_cast<const uint16_t *>(c.streams.data());
+    }
     const size_t most = size_t(kMaxRows) * c.taps * odd_lines(c.columns / 2) * 2;
     if (!pairs_->words) wide_ = std::max(wide_, most + kRound);
     if (x.pairing == Pairing::kFree) picked_ = std::max(picked_, most + 64);
@@ -224,7 +230,7 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
   c.all_xoff.resize(c.all_xoff.size() + kAhead);
   if (!c.halves) {
     set_lanes(c);
-    if (c.streams.size() && c.rows == Rows::kAll && full_[c.x]) c.weight = Floats();
+    if (c.streams.size() && alone) c.weight = Floats();
     else c.weight = arena_.keep(c.weight);
   }
   full_[c.y] = c.rows == Rows::kAll || (c.rows == Rows::kFollow && full_[c.x]);
@@ -246,11 +252,16 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
 // once for a dozen pixels. That needs rows and inputs that are always the same.
 //
 //   acc[pixel][v] += x[step, pixel] * stream[step][v]
+//
+// In a product of pairs both are words, where the product reads weights as such.
 void Engine::set_lanes(Conv &c) {
   const Layout &out = layout(c.y);
+  const Value &y = values_[c.y];
   const bool all = c.rows == Rows::kAll || (c.rows == Rows::kDynamic && c.gate.k == c.out);
-  if (c.groups > 1 || !all || !values_[c.y].floats || values_[c.y].pairing != Pairing::kNone) return;
-  const int lanes = table_.lanes, steps = c.in * c.taps, pixels = out.height * out.width;
+  const bool can = c.halves ? pairs_->words : y.floats && y.pairing == Pairing::kNone;
+  if (c.groups > 1 || !all || !can) return;
+  const int inputs = c.halves ? c.columns / 2 : c.in;
+  const int lanes = table_.lanes, steps = inputs * c.taps, pixels = out.height * out.width;
   const int vecs = (c.out + lanes - 1) / lanes, flat = ((out.height - 1) * out.pitch + out.width + lanes - 1) / lanes;
   auto part = [&](int n) { return (n + threads_ - 1) / threads_; };
   const Split split = best_split(table_, pixels, part(vecs));
@@ -269,10 +280,19 @@ void Engine::set_lanes(Conv &c) {
   const size_t size = size_t(steps) * vecs * lanes;
   c.streams = Floats(arena_.take(size), size);
   float *to = c.streams.data();
+  auto weight_of = [&](int k, int s) {
+    if (!c.halves) return c.weight[size_t(k) * steps + s];
+    const int i = s / c.taps * 2;
+    const uint16_t *from = c.halves + (size_t(k) * c.taps + s % c.taps) * c.in + i;
+    const uint32_t word = from[0] | (i + 1 < c.in ? uint32_t(from[1]) << 16 : 0u);
+    float as_float;
+    std::memcpy(&as_float, &word, sizeof word);
+    return as_float;
+  };
   for (const Block &block : c.blocks)
     for (int s = 0; s < steps; ++s)
       for (int k = block.vecs.begin * lanes; k < block.vecs.end * lanes; ++k)
-        *to++ = k < c.out ? c.weight[size_t(k) * steps + s] : 0.0f;
+        *to++ = k < c.out ? weight_of(k, s) : 0.0f;
   for (int y = 0; y < out.height; ++y)
     for (int x = 0; x < out.width; ++x) c.at.push_back(y * out.pitch + x);
   for (const Block &block : c.blocks) {
@@ -281,7 +301,7 @@ void Engine::set_lanes(Conv &c) {
       stream.push_back(s * block.vecs.size() * lanes);
   }
   if (ones_.size() < size_t(vecs) * lanes) ones_.assign(size_t(vecs) * lanes, ~0u);
-  transposed_ = std::max(transposed_, size_t(pixels) * vecs * lanes + out.pixels + 2 * kSlack);
+  transposed_ = std::max(transposed_, size_t(pixels) * vecs * lanes + 2 * (out.pixels + kSlack));
 }
 
 // Whether channels that only the residual branch brings are what they were, in the memory where they are.

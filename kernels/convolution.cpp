@@ -498,15 +498,26 @@ void Engine::tiles(const Run &run, const Conv &c) const {
   }
 }
 
+static void floats_of(const Half &from, float *to, int n) {
+  for (int i = 0; i < n; ++i) {
+    const uint32_t bits = (from.words[i] << (16 - from.shift)) & 0xffff0000u;
+    std::memcpy(to + i, &bits, sizeof bits);
+  }
+}
+
 // See set_lanes. Whoever multiplies a block of channels also brings it into their planes.
 void Engine::channel_tiles(const Run &run, const Conv &c) const {
   Workspace &ws = run.ws;
   const Layout &out = layout(c.y);
   const int lanes = table_.lanes, pixels = static_cast<int>(c.at.size());
   const int pitch = (c.out + lanes - 1) / lanes * lanes;
-  const float *base = c.staged ? ws.staging.data() + c.stage.lead : plane(ws, c.x, 0);
+  const float *base = c.staged   ? ws.staging.data() + c.stage.lead
+                      : c.halves ? reinterpret_cast<const float *>(words(ws, c.x, 0))
+                                 : plane(ws, c.x, 0);
   float *made = ws.pointers[run.t].transposed.data(), *line = made + size_t(pixels) * pitch;
-  const int steps = c.in * c.taps;
+  float *other = line + out.pixels + kSlack;  // what the residual brings, in floats
+  const auto &tile_of = c.halves ? pairs_->tile : table_.tile;
+  const int steps = (c.halves ? c.columns / 2 : c.in) * c.taps;
   static constexpr float kOnes[kMaxRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, kZeros[kMaxRows] = {};
   const float *x[kMaxRows], *sums[kMaxRows];
   float *to[kMaxRows];
@@ -514,8 +525,15 @@ void Engine::channel_tiles(const Run &run, const Conv &c) const {
   tile.w = x, tile.out = to, tile.scale = kOnes, tile.shift = kZeros, tile.act = kNone, tile.mask = ones_.data();
   const uint32_t *mask = buffers_[values_[c.y].buffer].mask.data();
   const Active *res = c.res >= 0 ? &ws.active[c.res] : nullptr;
-  const bool pool = values_[c.y].pooled;
+  const Value &y = values_[c.y];
+  const bool halves = y.pairing != Pairing::kNone;
   std::fill(line, line + out.pixels, 0.0f);
+  auto residual_of = [&](int k) -> const float * {
+    if (!res || !res->on[k]) return nullptr;
+    if (values_[c.res].floats) return plane(ws, c.res, k);
+    floats_of(half(ws, c.res, k, k), other, out.pixels);
+    return other;
+  };
   auto run_block = [&](const Block &of) {
     const Share block = of.vecs;
     tile.x = c.streams.data() + size_t(steps) * block.begin * lanes;
@@ -538,7 +556,7 @@ void Engine::channel_tiles(const Run &run, const Conv &c) const {
           x[p - part.begin] = base + c.at[p];
           sums[p - part.begin] = to[p - part.begin] = made + size_t(p) * pitch;
         }
-        table_.tile[i == 0 ? kFetchPixels : kPlain][part.size()][block.size()](tile);
+        tile_of[i == 0 ? kFetchPixels : kPlain][part.size()][block.size()](tile);
       }
     }
     const int begin = block.begin * lanes, end = std::min(c.out, block.end * lanes);
@@ -548,21 +566,16 @@ void Engine::channel_tiles(const Run &run, const Conv &c) const {
     }
     for (int k = begin; k < end; ++k) {
       for (int p = 0; p < pixels; ++p) line[c.at[p]] = made[size_t(p) * pitch + k];
-      table_.eltwise(plane(ws, c.y, k), line, 1.0f, res && res->on[k] ? plane(ws, c.res, k) : nullptr, mask, out.pixels,
-                     c.act, pool ? one_sum(ws, c.y, k) : nullptr);
+      float *done = y.floats ? plane(ws, c.y, k) : line;
+      table_.eltwise(done, line, 1.0f, residual_of(k), mask, out.pixels, c.act,
+                     y.pooled ? one_sum(ws, c.y, k) : nullptr);
+      if (halves) table_.halve(half(ws, c.y, k, k), done, out.pixels);
     }
   };
   for (int i = 0; i < run.n; ++i) {
     const int h = (run.t + i) % run.n;
     const Share own = share(static_cast<int>(c.blocks.size()), h, run.n);
     for (int b; (b = ws.claims[h].take()) < own.size();) run_block(c.blocks[own.begin + b]);
-  }
-}
-
-static void floats_of(const Half &from, float *to, int n) {
-  for (int i = 0; i < n; ++i) {
-    const uint32_t bits = (from.words[i] << (16 - from.shift)) & 0xffff0000u;
-    std::memcpy(to + i, &bits, sizeof bits);
   }
 }
 

@@ -100,6 +100,28 @@ def test_any_convolution(case, height, width, batch, threads, density, masks, lo
     check(selective, x, threads=threads, isa=isa)
 
 
+@settings(max_examples=40)
+@given(
+    cin=st.integers(1, 130), cout=st.integers(1, 90), kernel=st.sampled_from([1, 3, 3]), stride=st.integers(1, 2),
+    residual=st.booleans(), height=st.integers(1, 5), width=st.integers(1, 5), threads=st.integers(1, 3),
+    losing=st.sampled_from([0.0, 0.0, 2.0]), isa=st.sampled_from(ISAS),
+)  # fmt: skip
+def test_channels_are_lanes_on_small_maps(
+    cin, cout, kernel, stride, residual, height, width, threads, losing, isa
+) -> None:
+    torch.manual_seed(0)
+    model = Small(cin, cout, kernel, stride, kernel // 2, groups=1, residual=residual).eval()
+    x = torch.randn(3, 3, height, width)
+    check(randomise_bn(model, 0), x, threads=threads, isa=isa)
+    selective = train_like(select(model).eval(), 0, spread=0.2)
+    round_predictors(selective)
+    set_density(selective, 1.0)
+    for gate in gates(selective).values():  # at `losing` some channels lose on some images: then pixels are lanes
+        assert gate.predictor.bias is not None
+        gate.predictor.bias.data -= losing * torch.rand_like(gate.predictor.bias)
+    check(selective, x, threads=threads, isa=isa)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_family(family: nn.Module, threads: int, isa: str) -> None:
