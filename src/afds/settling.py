@@ -73,7 +73,7 @@ class Winners:
             set_density(model, dict.fromkeys(names, k / len(total_C)))
 
     def spend(self, model: nn.Module, density: Mapping[str, float], met: Callable[[], bool]) -> None:
-        """Widen, by one step each, what is still met: first the groups from which rounding took most.
+        """Widen, step by step in turn, what is still met: first the groups from which rounding took most.
 
         Why: widths are steps, so the widest network along a path of densities can be far below its budget. Seen: 11.3x
         and 12.4x where 10x was asked, as one step of the stem and the first stream would have been too much.
@@ -82,14 +82,19 @@ class Winners:
         width = {names: self._width(_mean(density, names), channels[names]) for names in self.tied}
         lost = {names: _mean(density, names) * channels[names] / width[names] for names in self.tied}
         now = {name: width[names] / channels[names] for names in self.tied for name in names}
-        for names in sorted(self.tied, key=lambda names: lost[names], reverse=True):
-            step = self.multiple_of if self._rounds(channels[names]) else 1
-            wider = min(channels[names], (width[names] // step + 1) * step)
-            if wider > width[names]:
-                tried = {**now, **dict.fromkeys(names, wider / channels[names])}
-                self.place(model, tried)
-                if met():
-                    now = tried
+        left = sorted(self.tied, key=lambda names: lost[names], reverse=True)
+        while left:  # a step that was too much once stays so
+            widened = []
+            for names in left:
+                step = self.multiple_of if self._rounds(channels[names]) else 1
+                wider = min(channels[names], (width[names] // step + 1) * step)
+                if wider > width[names]:
+                    tried = {**now, **dict.fromkeys(names, wider / channels[names])}
+                    self.place(model, tried)
+                    if met():
+                        now, width[names] = tried, wider
+                        widened.append(names)
+            left = widened
         self.place(model, now)
 
     def _width(self, density: float, channels: int) -> int:
