@@ -104,6 +104,12 @@ def test_what_rounding_leaves_of_a_budget_is_spent(ratio: float) -> None:
         assert steps <= {0.0, 1.0}
         for name in names:
             assert int(gates(model)[name].kept.sum()) == round(after[name] * channels)
+    for names in rounded.tied:  # and no step more would be within it
+        channels = gates(model)[names[0]].sign.numel()
+        wider = round(after[names[0]] * channels) + 8
+        if wider <= channels:
+            rounded.place(model, {**after, **dict.fromkeys(names, wider / channels)})
+            assert meter.mean([x]).ratio < ratio
 
 
 def test_a_network_that_is_refitted_after_the_cut_is_the_one_refitted_before_it() -> None:
