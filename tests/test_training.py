@@ -139,7 +139,7 @@ def test_afds_goes_through_a_dense_base_and_keeps_its_classifier(digits: Path, f
     out = tmp_path / "afds"
     weights = tmp_path / "weights"
     fit(options(digits, weights, method="scratch+dense", budget=""), quiet=True)
-    few = DescentConfig(images=8, reconstruct=32, trials=2)
+    few = DescentConfig(images=8, reconstruct=32)
     result = fit(options(digits, out, method="afds", source=str(weights), budget="2x", descent=few), quiet=True)
     assert not (out / "base").exists()  # the source knows these very classes: it is the base
     assert result.cost.ratio >= 2
@@ -153,7 +153,7 @@ def test_afds_goes_through_a_dense_base_and_keeps_its_classifier(digits: Path, f
 
     other = write_digits(tmp_path / "digits-3-5", range(3, 6), per_class=10, test_per_class=5)
     transfer = options(other, tmp_path / "transfer", method="afds", source=str(weights), budget="2x", base_epochs=2,
-                       descent=DescentConfig(images=8, reconstruct=16, trials=2))  # fmt: skip
+                       descent=DescentConfig(images=8, reconstruct=16))  # fmt: skip
     fit(transfer, quiet=True)
     assert is_run(tmp_path / "transfer/base")
     assert load_run(tmp_path / "transfer/base").selection is None
@@ -177,7 +177,7 @@ def test_a_settled_run_is_narrow_resumes_and_keeps_no_more_than_it_computes(
 ) -> None:
     weights = tmp_path / "weights"
     fit(options(digits, weights, method="scratch+dense", budget=""), quiet=True)
-    settled = DescentConfig(images=8, reconstruct=32, trials=3, multiple_of=2, scales=scales)
+    settled = DescentConfig(images=8, reconstruct=32, allocation="refit", trials=3, multiple_of=2, scales=scales)
 
     def config(out: Path) -> FitConfig:
         return options(digits, out, method="afds", source=str(weights), budget="2x", descent=settled,
@@ -224,7 +224,7 @@ def test_a_settled_run_resumes_where_some_layers_cannot_be_cut(
     weights = tmp_path / "weights"
     regnet = {"source": "regnetx_002", "arch_args": "{}", "optim": OptimConfig(epochs=2, batch_size=8)}
     fit(options(digits, weights, method="scratch+dense", budget="", **regnet), quiet=True)
-    settled = DescentConfig(images=8, reconstruct=16, trials=0)
+    settled = DescentConfig(images=8, reconstruct=16)
     config = options(digits, tmp_path / "run", method="afds", budget="2x",
                      **{**regnet, "source": str(weights), "descent": settled})  # fmt: skip
 
@@ -241,19 +241,60 @@ def test_a_settled_run_resumes_where_some_layers_cannot_be_cut(
     assert any(not bool(gate.kept.all()) for gate in kept)
 
 
-@pytest.mark.parametrize("changes", [{"allocation": "uniform"}, {"allocation": "stream"}, {"allocation": "importance"},
-                                     {"reconstruct": 0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"allocation": "refit", "trials": 1},
+        {"allocation": "refit", "trials": 0},
+        {"allocation": "stream"},
+        {"allocation": "importance"},
+        {"reconstruct": 0},
+    ],
+)
 def test_every_way_to_settle_meets_the_budget(digits: Path, finished: Path, tmp_path: Path, changes: Any) -> None:
     weights = tmp_path / "weights"
     fit(
         options(digits, weights, method="scratch+dense", budget="", optim=OptimConfig(epochs=1, batch_size=8)),
         quiet=True,
     )
-    settled = DescentConfig(**{"images": 8, "reconstruct": 16, "trials": 1, **changes})
+    settled = DescentConfig(**{"images": 8, "reconstruct": 16, **changes})
     result = fit(options(digits, tmp_path / "run", method="afds", source=str(weights), budget="3x", descent=settled,
                          optim=OptimConfig(epochs=1, batch_size=8)), quiet=True)  # fmt: skip
     assert result.cost.ratio >= 3
     assert bool(lines(tmp_path / "run", "stage")[0]["unexplained"]) == (settled.reconstruct > 0)
+
+
+def test_the_time_before_the_first_epoch_is_told_in_steps(
+    digits: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "weights"
+    fit(options(digits, weights, method="scratch+dense", budget="", optim=OptimConfig(epochs=1, batch_size=8)),
+        quiet=True)  # fmt: skip
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(fitting.Progress, "update", lambda _self, event: told.append(event))
+    descent = DescentConfig(images=8, reconstruct=32)
+    fit(options(digits, tmp_path / "run", method="afds", source=str(weights), budget="2x", descent=descent,
+                optim=OptimConfig(epochs=1, batch_size=8)), quiet=True)  # fmt: skip
+    begun = [event for event in told if "settling" in event]
+    assert begun[0] == {"settling": "choosing channels", "done": 0, "of": 0}
+    by_step: dict[str, list[tuple[int, int]]] = {}
+    for event in begun[1:]:
+        by_step.setdefault(event["settling"], []).append((event["done"], event["of"]))
+    assert list(by_step) == ["weighing channels", "refitting layers"]  # no trials of the densities
+    for counts in by_step.values():
+        assert counts == [(i, len(counts)) for i in range(1, len(counts) + 1)]
+    assert len(by_step["refitting layers"]) == len(gates(load_run(tmp_path / "run").model))
+
+
+def test_densities_are_shared_out_as_was_measured_best_for_each_method() -> None:
+    def shared_out(**changes: Any) -> str:
+        return resolve_method(FitConfig(**changes)).descent.allocation
+
+    assert shared_out(method="afds", budget="5x") == "uniform"
+    assert shared_out(method="afds", budget="5x", descent=DescentConfig(settle=False)) == "importance"
+    assert shared_out(method="fbs", budget="5x") == "importance"
+    assert shared_out(method="afds-paper", budget="5x") == "uniform"
+    assert shared_out(method="afds", budget="5x", descent=DescentConfig(allocation="refit")) == "refit"
 
 
 def test_source_step_runs_first_with_selection(digits: Path, tmp_path: Path) -> None:

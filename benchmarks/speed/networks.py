@@ -19,7 +19,6 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from afds import balance
 from afds.cost import CostMeter
 from afds.schedule import solve, uniform
 from afds.selection import SelectionConfig, gates, round_predictors
@@ -45,7 +44,7 @@ def choosing(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "f
 
 
 def settled(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "full") -> tuple[nn.Module, float]:
-    """Densities shared out by the fixed rule that `fit` starts from, channels drawn at random, the rest cut away."""
+    """One density for all layers, as in `fit`, channels drawn at random, the rest cut away."""
     selective = afds.select(model, SelectionConfig(predictor=predictor)).eval()  # type: ignore[arg-type]
     return _settle(selective, ratio, x_BCHW)
 
@@ -70,13 +69,9 @@ def learned(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "fu
 
 
 def _settle(selective: nn.Module, ratio: float, x_BCHW: Tensor) -> tuple[nn.Module, float]:
-    tied = tied_units(selective)
-    layers = balance.layers_of(selective, tied)
-    stages = 1 + max(stage for stage, _ in layers.values())
-    path = balance.allocation(balance.start(stages), layers)
     worth = {name: torch.rand_like(gate.importance) for name, gate in gates(selective).items()}
-    winners = Winners(worth, tied, 8)
-    solve(selective, path, ratio, [x_BCHW], place=winners.place, spend=winners.spend)
+    winners = Winners(worth, tied_units(selective), 8)
+    solve(selective, uniform(selective), ratio, [x_BCHW], place=winners.place, spend=winners.spend)
     settle(selective)
     _let_learn(selective, std=0.003)  # all that is left is computed, as in trained networks
     _see(selective, x_BCHW.shape[-1])

@@ -1,4 +1,4 @@
-"""Where the budget is spent: stages and streams against each other, tried out with a refit (ours).
+"""Where the budget is spent: stages and streams against each other, tried out with a refit (ours; an option).
 
 ::
 
@@ -11,7 +11,9 @@
 
 A refit costs seconds and no gradient, and what it cannot give back is what training starts from. Judged before
 refitting, a Taylor estimate shares the densities out worse than a fixed rule does (docs/accuracy.md). The search starts
-from that rule: early stages are cut harder than late ones, what lies inside of blocks harder than streams.
+from that rule: early stages are cut harder than late ones, what lies inside of blocks harder than streams. Not the
+default: what starts nearest to the dense network does not end nearest, one density for all layers ends nearer
+(docs/accuracy.md).
 """
 
 from __future__ import annotations

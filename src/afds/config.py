@@ -147,16 +147,17 @@ class DescentConfig:
     settle: bool = True
     """Method afds: settle the winners once, on training images, before the first step; what loses is cut away, what
     stays keeps its predicted scale (ours). False: winners are chosen for every image, the density falls by stages."""
-    allocation: Literal["uniform", "stream", "importance", "refit"] = "refit"
-    """`uniform`: one density for all layers (the paper). `stream`: what writes the residual stream keeps more, the
-    layers inside of blocks less (ours). `importance`: the last channel kept in each layer is worth
-    about the same per MAC (ours). `refit`: what the refitted network is nearest to the dense one with (ours; with
-    settling, otherwise as `importance`)."""
+    allocation: Literal["auto", "uniform", "stream", "importance", "refit"] = "auto"
+    """How density is shared out over the layers. `uniform`: one for all (the paper). `stream`: what writes the residual
+    stream keeps more, the layers inside of blocks less (ours). `importance`: the last channel kept in each layer is
+    worth about the same per MAC (ours). `refit`: what the refitted network is nearest to the dense one with, by
+    --descent.trials of them (ours; with settling, otherwise as `importance`). `auto`: `uniform` where method afds
+    settles, otherwise `importance` (ours, as measured)."""
     worth: Literal["elimination", "taylor"] = "elimination"
     """Which channels settling keeps. `elimination`: those that the others, refitted, could least stand in for (ours;
     with a refit, otherwise as `taylor`). `taylor`: those of the largest Taylor estimate."""
     trials: int = 12
-    """With `refit`: how many ways of sharing out the densities are tried."""
+    """With `refit`: how many ways of sharing out the densities are tried; 0: the rule that trials start from."""
     multiple_of: int = 8
     """Settling keeps a multiple of so many channels in layers that have eight times as many: runtimes compute in such
     blocks."""
@@ -439,6 +440,10 @@ def resolve_method(config: FitConfig) -> FitConfig:
         raise ConfigError("--unlabelled: photos without labels are learned from by method afds where it settles, below "
                           "1x, from the full network that has been fine-tuned before. Leave it out.")  # fmt: skip
     config = dataclasses.replace(config, budget=budget)
+    if config.descent.allocation == "auto":
+        settles = config.method == "afds" and budget != "1x" and config.descent.settle
+        descent = dataclasses.replace(config.descent, allocation="uniform" if settles else "importance")
+        config = dataclasses.replace(config, descent=descent)
     if config.method == "afds-paper":
         parts = {part: dataclasses.replace(getattr(config, part), **values) for part, values in PAPER.items()}
         config = dataclasses.replace(config, **parts)

@@ -61,6 +61,7 @@ class Elimination:
         labelled: Sequence[tuple[Tensor, Tensor]],
         *,
         ridge: float = 0.1,
+        told: Callable[[int, int], None] | None = None,
     ) -> None:
         """
         Args:
@@ -68,6 +69,7 @@ class Elimination:
             crops: images (B, 3, H, W) on which the others would be refitted; the first ones are used (`CROPS`).
             labelled: batches (B, 3, H, W), (B,) on which an error of each output is weighed.
             ridge: of the refit, as a share of the inputs' mean power.
+            told: hears how many of how many batches of crops have been looked at, which takes most of the time.
         """
         couplings, names = find_couplings(model), set(gates(model))
         self._channels = couplings.channels
@@ -84,7 +86,7 @@ class Elimination:
         was_training = model.training
         model.eval()
         self._cost = _cost_of_errors(model, watched, labelled)
-        moments = _second_moments(model, watched, crops)
+        moments = _second_moments(model, watched, crops, told)
         self._inverse = {name: _inverse(moments.pop(name), ridge) for name in watched}
         model.train(was_training)
 
@@ -223,7 +225,9 @@ def _cost_of_errors(
 
 
 @torch.no_grad()
-def _second_moments(model: nn.Module, watched: dict[str, nn.Module], crops: Sequence[Tensor]) -> dict[str, Tensor]:
+def _second_moments(
+    model: nn.Module, watched: dict[str, nn.Module], crops: Sequence[Tensor], told: Callable[[int, int], None] | None
+) -> dict[str, Tensor]:
     """Covariances (D, D) of the patches that arrive at each module."""
     crops = crops[: -(-_crops_for(model, watched, crops[0][:1]) // len(crops[0]))]
     images = sum(map(len, crops))
@@ -243,8 +247,10 @@ def _second_moments(model: nn.Module, watched: dict[str, nn.Module], crops: Sequ
         return hook
 
     with _hooked([module.register_forward_hook(add(name)) for name, module in watched.items()]):
-        for x_BCHW in crops:
+        for seen, x_BCHW in enumerate(crops, 1):
             model(x_BCHW)
+            if told is not None:
+                told(seen, len(crops))
     found = {}
     for name, (total_D, squares_DD, count) in sums.items():
         mean_D = total_D / count

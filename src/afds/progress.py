@@ -52,7 +52,7 @@ class Progress:
     def update(self, event: dict[str, Any]) -> None:
         """Events of training.py: after each step, and after each epoch; of stages.py: while channels are chosen."""
         if "settling" in event:
-            self._settling(event["settling"], event["of"])
+            self._settling(event["settling"], event["done"], event["of"])
             return
         if "settled" in event:
             self.say(f"{event['stay']} of {event['channels']} channels stay, {event['settled']:.2f}x fewer MACs; "
@@ -79,11 +79,10 @@ class Progress:
             f"{event['wait_share']:.0%} waiting  {_clock(left)} left",
         )  # fmt: skip
 
-    def _settling(self, tried: int, trials: int) -> None:
+    def _settling(self, what: str, done: int, of: int) -> None:
         if self._bar is not None:
-            facts = "" if tried < 1 or trials < 1 else f"way {tried} of sharing out the density tried"
-            self._bar.update(self._task, description="choosing channels", completed=tried, total=trials, facts=facts)
-        elif tried == 0:
+            self._bar.update(self._task, description=what, completed=done, total=of or None, facts="")
+        elif of == 0:
             self.say("Choosing the channels that stay ...")
 
 

@@ -20,7 +20,7 @@ so that it makes up for what the other branch has lost. Why: one pass of it give
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,12 @@ class Reconstruction:
 
     @torch.no_grad()
     def __call__(
-        self, network: nn.Module, *, ridge: float = 0.1, channels: Mapping[str, Tensor] | None = None
+        self,
+        network: nn.Module,
+        *,
+        ridge: float = 0.1,
+        channels: Mapping[str, Tensor] | None = None,
+        told: Callable[[int, int], None] | None = None,
     ) -> dict[str, tuple[float, float]]:
         """Refit every ungrouped convolution of ``network`` to what the reference computes.
 
@@ -66,6 +71,7 @@ class Reconstruction:
                 norm statistics are changed.
             ridge: how strongly the weights are held where they were, as a share of the inputs' mean power.
             channels: of a cut network, the reference's channels that each unit still has.
+            told: hears how many of how many units have been refitted.
         Returns:
             Per unit, the share of its aim's variance left unexplained before and after.
         """
@@ -75,6 +81,7 @@ class Reconstruction:
         aims = _aims(graph)
         walks = [_Walk(graph, x_BCHW) for x_BCHW in self.batches]
         left: dict[str, tuple[float, float]] = {}
+        refitted = 0
         for node in graph.graph.nodes:
             unit = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
             if isinstance(unit, SelectiveConvBN):
@@ -89,6 +96,9 @@ class Reconstruction:
                         targets = [t - self._seen.sample(walk.env[_other(aims[name], walk.env)], name)
                                    for t, walk in zip(targets, walks, strict=True)]  # fmt: skip
                     left[name] = _refit(unit, inputs, targets, self._seen.at[name], ridge)
+                if told is not None:
+                    refitted += 1
+                    told(refitted, len(aims))
             for walk in walks:
                 walk.step(node)
         network.train(was_training)

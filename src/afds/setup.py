@@ -231,14 +231,18 @@ class Setup:
 
     def _widths_to_time(self, network: nn.Module) -> tuple[Allocation, Place, Spend | None]:
         """How densities fall while a stopwatch looks, and how they are put in: which channels win is of no matter."""
-        if self.config.method == "afds" and self.config.descent.settle:
-            tied = tied_units(network)
+        descent = self.config.descent
+        settles = self.config.method == "afds" and descent.settle
+        allocation = (sparing_stream if descent.allocation == "stream" else uniform)(network)
+        if not settles:
+            return allocation, set_density, None
+        tied = tied_units(network)
+        if descent.allocation == "refit":
             layers = balance.layers_of(network, tied)
-            rule = balance.start(1 + max(stage for stage, _ in layers.values()))
-            alike = {name: torch.ones(gate.sign.numel()) for name, gate in gates(network).items()}
-            winners = Winners(alike, tied, self.config.descent.multiple_of)
-            return balance.allocation(rule, layers), winners.place, winners.spend
-        return (sparing_stream if self.config.descent.allocation == "stream" else uniform)(network), set_density, None
+            allocation = balance.allocation(balance.start(1 + max(stage for stage, _ in layers.values())), layers)
+        alike = {name: torch.ones(gate.sign.numel()) for name, gate in gates(network).items()}
+        winners = Winners(alike, tied, descent.multiple_of)
+        return allocation, winners.place, winners.spend
 
     def _cheaper(self, whole: nn.Module, compression: str, transfer: str) -> nn.Module:
         """The network that is trained in place of ``whole``: smaller, on smaller images, or both."""

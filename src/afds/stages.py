@@ -97,17 +97,21 @@ def settle_winners(
     if descent is None or not descent.settles or state.stage > 0:
         return False
     started = time.perf_counter()
-    progress({"settling": 0, "of": d.trials})
+
+    def told(what: str) -> Callable[[int, int], None]:
+        return lambda done, of: progress({"settling": what, "done": done, "of": of})
+
+    told("choosing channels")(0, 0)
     network.eval()
     crops = plan.refit_on() if plan.reference is not None and plan.refit_on is not None else []
     refit = Reconstruction(plan.reference, crops) if plan.reference is not None and crops else None
     importance = estimate(network, plan.labelled)
     eliminate, worth = None, importance.taylor
     if d.worth == "elimination" and crops:
-        eliminate = Elimination(network, crops, plan.labelled, ridge=d.ridge)
+        eliminate = Elimination(network, crops, plan.labelled, ridge=d.ridge, told=told("weighing channels"))
         worth = {**worth, **eliminate()}
     winners = Winners(worth, tied_units(network), d.multiple_of)
-    allocation = _allocation(plan, state, importance, crops, winners, record, progress)
+    allocation = _allocation(plan, state, importance, crops, winners, record, told("sharing out the density"))
     if plan.ms is not None and plan.stopwatch is not None:
         alone = fabric.is_global_zero  # rank 0 alone holds the stopwatch
         t = solve_latency(network, allocation, plan.ms, plan.stopwatch, place=winners.place,
@@ -122,8 +126,10 @@ def settle_winners(
         del eliminate  # its matrices
     _agree(fabric, network)
     state.settle()
-    unexplained = {} if refit is None else refit(network, ridge=d.ridge, channels=state.settled)
-    if refit is None:
+    unexplained: dict[str, tuple[float, float]] = {}
+    if refit is not None:
+        unexplained = refit(network, ridge=d.ridge, channels=state.settled, told=told("refitting layers"))
+    else:
         reestimate_norms(network, plan.labelled, len(plan.labelled))
     _agree(fabric, network)
     cost = CostMeter(network, plan.reference_macs)(plan.probe[0][:1])[1]
@@ -138,9 +144,9 @@ def settle_winners(
 
 def _allocation(
     plan: Plan, state: State, importance: Importance, crops: Sequence[Tensor],
-    winners: Winners, record: Record, progress: Tell,
+    winners: Winners, record: Record, tell: Callable[[int, int], None],
 ) -> Allocation:  # fmt: skip
-    """The path of densities along which the network settles."""
+    """The path of densities along which the network settles; ``tell`` hears how many ways of how many were tried."""
     network, d, ratio = state.task.network, plan.config.descent, plan.descent.ratio if plan.descent else 1.0
     if d.allocation != "refit" or plan.teacher is None:
         return choose_allocation(network, plan.config, importance, plan.probe)
@@ -169,7 +175,7 @@ def _allocation(
     def told(exponents: balancing.Exponents, divergence: float) -> None:
         nonlocal tried
         tried += 1
-        progress({"settling": tried, "of": d.trials})
+        tell(tried, d.trials)
         record.write("trial", stream=exponents.stream, stages=exponents.stages, divergence=divergence)
 
     return balancing.allocation(balancing.balance(judge, stages, d.trials, told), layers)
