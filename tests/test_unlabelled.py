@@ -39,7 +39,7 @@ def options(root: Path, out: Path, **changes: Any) -> FitConfig:
     config = FitConfig(
         data=root / "digits", out=out, source="resnet18", arch_args=ARCH, method="afds", budget="2x",
         unlabelled=root / "more", data_options=DataConfig(input_size=32, flip=False, workers=0, val_fraction=0.2),
-        optim=OptimConfig(epochs=2, batch_size=8, lr=0.05), descent=DescentConfig(images=8, reconstruct=32, trials=2),
+        optim=OptimConfig(epochs=2, batch_size=8, lr=0.05), descent=DescentConfig(images=8, reconstruct=32),
     )  # fmt: skip
     return dataclasses.replace(config, **changes)
 

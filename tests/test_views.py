@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from afds import fitting
@@ -39,21 +37,9 @@ from afds.mixing import mix
 from afds.progress import Progress
 from afds.runtime import is_built
 from afds.setup import Setup
-from afds.views import SHRINKS_FROM, averaged, side_for, views_of
+from afds.views import averaged, views_of
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}'
-
-
-@given(st.floats(1, 100), st.integers(16, 600))
-def test_the_rule_never_enlarges_and_leaves_mild_budgets_alone(ratio: float, side: int) -> None:
-    found = side_for(ratio, side)
-    assert 0.8 * side <= found <= side
-    assert found == side or (ratio >= SHRINKS_FROM and found % 16 == 0)
-
-
-def test_sides_of_the_usual_sizes() -> None:
-    assert [side_for(5, side) for side in (32, 64, 96, 128, 160, 224, 256)] == [32, 64, 80, 112, 144, 192, 224]
-    assert side_for(2, 224) == 224
 
 
 @pytest.mark.parametrize("photo_side", [40, 90, 400])
@@ -115,7 +101,7 @@ def options(place: Path, out: Path, **changes: Any) -> FitConfig:
         data=place / "digits", out=out, source="resnet18", arch_args=ARCH, method="afds", budget="3x",
         data_options=DataConfig(input_size=32, flip=False, workers=0, val_fraction=0.2),
         optim=OptimConfig(epochs=3, batch_size=8, lr=0.05),
-        descent=DescentConfig(images=8, reconstruct=32, trials=2, multiple_of=2, input_size=24),
+        descent=DescentConfig(images=8, reconstruct=32, multiple_of=2, input_size=24),
     )  # fmt: skip
     return dataclasses.replace(config, **changes)
 
@@ -151,13 +137,11 @@ def test_a_run_on_smaller_images_meets_its_budget_and_resumes(place: Path, monke
     assert same[0] == same[1]
 
 
-def test_the_record_has_the_side_that_the_rule_chose(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("afds.setup.side_for", lambda ratio, side: side - 4)
-    changes = {"source": str(place / "dense"), "descent": DescentConfig(images=8, reconstruct=16, trials=0)}
-    fit(options(place, place / "ruled", **changes), quiet=True)
-    record = read_json(place / "ruled/config.json")
-    assert record["config"]["descent"]["input_size"] == record["resolved"]["input_size"] == 28
-    assert record["resolved"]["taught_at"] == 32
+def test_without_the_option_the_network_looks_at_what_its_teacher_sees(place: Path) -> None:
+    changes = {"source": str(place / "dense"), "budget": "5x", "descent": DescentConfig(images=8, reconstruct=16)}
+    fit(options(place, place / "same", **changes), quiet=True)
+    record = read_json(place / "same/config.json")
+    assert record["resolved"]["input_size"] == record["resolved"]["taught_at"] == 32
 
 
 def test_the_refit_sees_crops_in_the_network_s_size_the_same_whenever_asked(place: Path) -> None:
@@ -214,12 +198,11 @@ def test_each_network_is_timed_on_images_of_its_own(place: Path) -> None:
 
 
 @pytest.mark.skipif(not is_built(), reason="native runtime not built")
-def test_milliseconds_are_measured_at_the_size_that_is_looked_at(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_milliseconds_are_measured_at_the_size_that_is_looked_at(place: Path) -> None:
     from afds.latency import Stopwatch
 
     small = Stopwatch([torch.randn(8, 3, 24, 24)], 3, LatencyConfig())(load_run(place / "dense").model)
-    monkeypatch.setattr("afds.setup.side_for", lambda ratio, side: 24 if ratio > 1 else side)
-    descent = DescentConfig(images=8, reconstruct=16, trials=0, multiple_of=1)
+    descent = DescentConfig(images=8, reconstruct=16, multiple_of=1, input_size=24)
     fit(
         options(place, place / "ms", source=str(place / "dense"), budget=f"{0.55 * small:.5f}ms", descent=descent),
         quiet=True,

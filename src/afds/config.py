@@ -162,9 +162,8 @@ class DescentConfig:
     """Settling keeps a multiple of so many channels in layers that have eight times as many: runtimes compute in such
     blocks."""
     input_size: int = 0
-    """Side of the images that a settled network looks at, in pixels; the dense network that it learns from sees
-    --data-options.input-size, and the budget counts against that. 0: from 4x on seven eighths of that side, else all of
-    it (ours)."""
+    """Side of the images that a settled network looks at, in pixels, where it is to see smaller ones than the dense
+    network that it learns from, which sees --data-options.input-size; the budget counts against that. 0: the same."""
     scales: Literal["predicted", "cheap", "learned"] = "cheap"
     """Settling: what stays is scaled for every image by its `predicted` saliency, or by a `learned` constant, as in a
     batch norm, which costs nothing at run time (ours); `cheap`: predicted where the predictor has at most a quarter as

@@ -58,13 +58,13 @@ from afds.transfer import (
     channel_weights,
     map_variances,
 )  # fmt: skip
-from afds.views import SHRINKS_FROM, side_for
 
 # By default a training shows about so many images, within these numbers of epochs. A settled network's accuracy rises
 # for longer, the longer the more it has lost, and its epochs cost less (docs/accuracy.md, "Mixing, and how long").
 DENSE = 60_000, 12, 60
 SETTLED = 120_000, 24, 120
-NARROW = 300_000, 24, 240  # from the ratio on from which images are smaller too
+NARROW = 300_000, 24, 240  # from NARROW_FROM on
+NARROW_FROM = 4.0  # ratio of MACs
 
 CROPS_EACH = 8  # of a photo at most, for the refit, so that few photos do not take minutes; not tuned
 CROPS_BYTES = 768 * 2**20  # of all crops; feature maps, which take more, are cut short by `reconstruction.MEMORY`
@@ -72,7 +72,7 @@ CROPS_BYTES = 768 * 2**20  # of all crops; feature maps, which take more, are cu
 
 def default_epochs(images: int, ratio: float = 1.0) -> int:
     """Passes over ``images`` training images: fewer images, more passes; ratio: of a settled network, else 1."""
-    shown, fewest, most = DENSE if ratio <= 1 else SETTLED if ratio < SHRINKS_FROM else NARROW
+    shown, fewest, most = DENSE if ratio <= 1 else SETTLED if ratio < NARROW_FROM else NARROW
     return max(fewest, min(most, round(shown / images)))
 
 
@@ -123,11 +123,11 @@ class Setup:
         return network
 
     def _meet_budget(self) -> list[Tensor]:
-        """Finds the images' side and what milliseconds come to, refuses what cannot be met; returns the images, of the
-        validation split, on which cost is counted."""
+        """Finds what milliseconds come to, refuses what cannot be met; returns the images, of the validation split, on
+        which cost is counted."""
         config, budget = self.config, parse_budget(self.config.budget)
         d, will_settle = config.descent, config.method == "afds" and config.descent.settle and budget.ratio != 1
-        free = will_settle and (self.is_base or config.teacher is None)  # to look at smaller images than its teacher
+        free = will_settle and (self.is_base or config.teacher is None)  # to differ from its teacher
         if free and d.scales != "predicted":
             images = partial(self._images, self.splits.train, 3 * d.images)
             fix_scales(self.network, images, but_cheap=d.scales == "cheap")
@@ -135,11 +135,6 @@ class Setup:
             self._look_at(d.input_size)
         probe = self._images(self.splits.val, d.images)
         self.stopwatch = self._time(budget.ms, probe)
-        if free and not d.input_size and config.data_options.crop == "resized":
-            self._look_at(side_for(self.ratio, self.preprocess.input_size))
-            if self.preprocess != self.taught_at:
-                probe = self._images(self.splits.val, d.images)
-                self.stopwatch = self._time(budget.ms, probe, again=True)
         if has_selection(self.network) and self.ratio > 1:  # a hopeless budget: now, not after hours
             solve(self.network, uniform(self.network), self.ratio, probe[:1], steps=0, reference=self.reference_macs)
             set_density(self.network, 1.0)
@@ -207,15 +202,12 @@ class Setup:
             return large
         return TwoViews(large, train_transform(self.preprocess, augment))
 
-    def _time(self, ms: float | None, probe: Sequence[Tensor], *, again: bool = False) -> Stopwatch | None:
-        """The stopwatch of a budget in milliseconds, and what they come to in MACs; into `config` and `ratio`.
-
-        again: although the record has a ratio already.
-        """
+    def _time(self, ms: float | None, probe: Sequence[Tensor]) -> Stopwatch | None:
+        """The stopwatch of a budget in milliseconds, and what they come to in MACs; into `config` and `ratio`."""
         if ms is None:
             return None
         stopwatch = Stopwatch(probe, len(self.splits.classes), self.config.latency)
-        if again or not self.ratio:
+        if not self.ratio:
             network, found = self.network, 0.0
             if self.fabric.is_global_zero:  # the others would only disturb the measurement
                 kept = {name: gate.kept.clone() for name, gate in gates(network).items()}

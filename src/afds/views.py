@@ -1,4 +1,4 @@
-"""Two views of one image: from some ratio on the settled network looks at smaller images than its teacher (ours).
+"""Two views of one image: a settled network may look at smaller images than its teacher (ours; an option).
 
 ::
 
@@ -6,10 +6,10 @@
                            |                                                     |
                            '--> side s < S --> network --> logits, maps ---------+--> loss
 
-MACs go with s^2, so at s = 7/8 S a network keeps 1.3 times the channels' products for the same budget. Why: below a
-quarter of the MACs, pixels are cheaper to lose than channels (docs/accuracy.md). The weights start from the same dense
-network, which was fine-tuned at S; the least squares refit is made at s. The budget is stated against the dense network
-at S, and so are all ratios.
+MACs go with s^2, so at s = 7/8 S a network keeps 1.3 times the channels' products for the same budget. The weights
+start from the same dense network, which was fine-tuned at S; the least squares refit is made at s. The budget is stated
+against the dense network at S, and so are all ratios. Not the default: with one density for all layers the network ends
+nearer to its teacher where it sees the same images (docs/accuracy.md).
 """
 
 from __future__ import annotations
@@ -19,18 +19,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-
-SHRINKS_FROM = 4.0  # ratio of MACs
-SHARE = 7 / 8  # of the side
-STEP = 16  # pixels: half of what a ResNet's last map stands for
-SMALLEST = 96  # a side that is not made smaller
-
-
-def side_for(ratio: float, side: int) -> int:
-    """Side of the images, in pixels, that a settled network looks at by default."""
-    if ratio < SHRINKS_FROM or side < SMALLEST:
-        return side
-    return min(side, STEP * round(SHARE * side / STEP))
 
 
 def views_of(batch: Any) -> list[Tensor]:
