@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +20,14 @@ from afds.data import (
     Folder,
     ImageDataset,
     Item,
-    Unreadable,
+    Splits,
     eval_transform,
     make_loader,
-    make_splits,
     scan,
-    without,
 )  # fmt: skip
 from afds.errors import AfdsError, DataError
 from afds.inference import Model
+from afds.lineage import photos_changed, repeat_split
 from afds.mistakes import Mistake, confusions, surest
 
 Meter = Callable[[Tensor], tuple[Tensor, Cost]]  # images (B, 3, H, W) -> logits (B, classes), cost of this batch
@@ -275,9 +273,11 @@ def eval_batches(run: Run, items: tuple[Item, ...]) -> Iterable[tuple[Tensor, Te
 
 def _choose(run: Run, folder: Folder, split: str) -> tuple[str, tuple[Item, ...], list[str]]:
     """The split's name, its items and notes about it."""
-    held_out, changed = _repeat_split(run, folder)
+    record = run.config or {}
+    held_out, notes = _parts(repeat_split(record, folder)), []
+    if photos_changed(record, folder):
+        notes.append("These photos have changed since the run was fitted on them: some of them it has learned.")
     available = {**folder.splits, **held_out}
-    notes = [changed] if changed else []
     if split == "auto":
         order = ("test", "val", "train") if held_out else ("test", "all", "val", "train")
         split = next(name for name in order if name in available)
@@ -296,24 +296,6 @@ def _choose(run: Run, folder: Folder, split: str) -> tuple[str, tuple[Item, ...]
     return split, available[split], notes
 
 
-def _repeat_split(run: Run, folder: Folder) -> tuple[dict[str, tuple[Item, ...]], str]:
-    """The split the run made, where `folder` holds the photos it was fitted on; else nothing, and why."""
-    config: dict[str, Any] = run.config or {}
-    options, facts = config.get("config", {}), config.get("data", {})
-    try:
-        splits = make_splits(
-            folder,
-            val_fraction=options["data_options"]["val_fraction"],
-            test_fraction=options["data_options"]["test_fraction"],
-            seed=options["seed"],
-        )
-        gone = {Path(path).parts[-2:] for path in facts["unreadable"]}
-        splits = without(splits, [Unreadable(i.path, "") for i in splits.items() if i.path.parts[-2:] in gone])
-        if splits.fingerprint() == facts["fingerprint"]:
-            parts = {"train": splits.train, "val": splits.val, "test": splits.test or ()}
-            return {name: items for name, items in parts.items() if items}, ""
-        if os.path.samefile(options["data"], folder.root):
-            return {}, "These photos have changed since the run was fitted on them: some of them it has learned."
-    except (OSError, LookupError, TypeError, ValueError, AttributeError, AfdsError):
-        pass  # moved photos, too few to split, no config.json, or one that is not ours
-    return {}, ""
+def _parts(splits: Splits | None) -> dict[str, tuple[Item, ...]]:
+    parts = {"train": splits.train, "val": splits.val, "test": splits.test or ()} if splits else {}
+    return {name: items for name, items in parts.items() if items}

@@ -30,6 +30,7 @@ from afds.evaluation import Metrics, evaluate
 from afds.files import LOCK, alone_in, check_place, is_empty, read_json, write_json
 from afds.hardware import make_fabric, resolve_device
 from afds.latency import solve_latency
+from afds.lineage import check_unseen
 from afds.progress import Progress
 from afds.record import Record
 from afds.runtimes import check_runtime, why_not_native
@@ -89,6 +90,9 @@ def _fit(config: FitConfig, quiet: bool, held: contextlib.ExitStack) -> FitResul
     config = dataclasses.replace(config, hardware=dataclasses.replace(config.hardware, precision=precision))
     progress = Progress(quiet=quiet or not fabric.is_global_zero)
     splits, facts = read_photos(config, progress)
+    if config.resume is None:
+        for note in check_unseen(config, splits):
+            progress.say(note)
     fabric.barrier()  # all have looked at --out before one writes there
     setup = Setup(config, splits, fabric)  # also where steps come first: what is wrong is wrong now
     config = setup.config  # with what milliseconds come to

@@ -30,10 +30,12 @@ from afds.compare.plan import (
 from afds.compare.pools import make_pool
 from afds.compare.rows import Row
 from afds.config import FitConfig, resolve_method, to_json
+from afds.data import make_splits, scan
 from afds.errors import AfdsError, ConfigError, RunFolderError, TrainingError
 from afds.files import alone_in, check_place, is_empty, read_json, write_atomic, write_json
 from afds.fitting import fit, read_photos, read_result
 from afds.hardware import make_fabric, resolve_device, resolve_precision
+from afds.lineage import check_unseen
 from afds.progress import Progress
 from afds.record import read_lines
 from afds.setup import Setup
@@ -116,6 +118,7 @@ def preflight(c: CompareConfig, console: Console) -> dict[str, str]:
         if not splits.test:
             raise ConfigError(f"{data}: there is no test split to compare on. Add test/, or leave "
                               "--data-options.test-fraction above 0.")  # fmt: skip
+        _check_sources(c, data)
         for row in c.all_rows():
             budgets = budgets_of(row, c.all_budgets())
             if not budgets:
@@ -128,6 +131,21 @@ def preflight(c: CompareConfig, console: Console) -> dict[str, str]:
                 except AfdsError as error:
                     raise type(error)(f"{row.name} at {budget} on {data}: {error}") from error
     return prints
+
+
+def _check_sources(c: CompareConfig, data: Path) -> None:
+    """A source that is a run has its split; each seed draws one, and must not hold out what the source has learned."""
+    if not is_run(c.source):
+        return
+    folder = scan(data)
+    for seed in range(c.seeds):
+        config = whole_fit(c, c.all_rows()[0], data, "1x", seed)
+        drawn = config.data_options
+        splits = make_splits(folder, val_fraction=drawn.val_fraction, test_fraction=drawn.test_fraction, seed=seed)
+        try:
+            check_unseen(config, splits)
+        except ConfigError as error:
+            raise ConfigError(f"seed {seed} on {data}: {error}") from error
 
 
 def check_folder(c: CompareConfig) -> None:
