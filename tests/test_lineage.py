@@ -62,7 +62,8 @@ def test_another_split_than_that_of_the_source_is_refused(photos: Path, base: Pa
     learned, held_out = split(options(photos)), split(other)
     seen = len(set(learned.train) & set(held_out.test or ()))
     assert seen > 0
-    told = rf"--source .*: {seen} of the {len(held_out.test or ())} test photos.*--seed 0 .*val-fraction 0.2 .*test-fraction"
+    counts = f"{seen} of the {len(held_out.test or ())} test photos"
+    told = rf"--source .*: {counts}.*--seed 0 --data-options.val-fraction 0.2 --data-options.test-fraction 0.2"
     with pytest.raises(ConfigError, match=told):
         fit(other, quiet=True)
     assert not (photos.parent / "refused").exists()
