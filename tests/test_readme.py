@@ -1,4 +1,4 @@
-"""The README's commands run as they stand, but for the network: a tiny one, trained here, stands in for ResNet-50."""
+"""The README's commands run as they stand, but for the network: a tiny one, trained here, stands in for the ResNets."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_commands_of_the_readme(
         if verb == "demo" or "--resume" in rest or ("8ms" in rest and not runtime.is_built()):
             continue  # a test of its own: test_training.py
         rest = ["0.04ms" if word == "8ms" else word for word in rest]  # the tiny network takes 0.01 to 0.07
-        rest = ["resnet18:tiny/model.safetensors" if word == "resnet50" else word for word in rest]
+        rest = ["resnet18:tiny/model.safetensors" if word in ("resnet18", "resnet50") else word for word in rest]
         if verb == "compare":
             rest += ["--source", "resnet18:tiny/model.safetensors", *TINY, *COMPARE]
         extra = [] if verb != "fit" else QUICK if "run/base" in rest else [*TINY, *QUICK]

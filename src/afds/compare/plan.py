@@ -105,6 +105,9 @@ class CompareConfig:
         for name in ("seeds", "epochs", "base_epochs", "jobs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(self, name)}.")
+        if self.optim.epochs:
+            raise ConfigError("--optim.epochs would be of no effect: here --epochs is of the compressed networks and "
+                              "--base-epochs of what comes before.")  # fmt: skip
         if self.ray is not None and self.hardware.devices > 1:
             raise ConfigError("--ray: a trial on Ray trains on one device; leave out --hardware.devices.")
         if not 1 <= self.trials <= len(CANDIDATES):
