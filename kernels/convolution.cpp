@@ -99,12 +99,14 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
     }
     int32_t *keys = ws.keys.data();  // positive floats are ordered as their bits are
     const float *h = ws.h.data();
-    if (predicted < c.out) {
+    float ceiling = g.ceiling;
+    if (predicted < c.out) {  // what is predicted is capped, constants are not
       std::copy(g.constant.data(), g.constant.data() + c.out, q);
-      for (int j = 0; j < predicted; ++j) q[g.dynamic[j]] = ws.h[j];
+      for (int j = 0; j < predicted; ++j) q[g.dynamic[j]] = ws.h[j] > ceiling ? ceiling : ws.h[j];
       h = q;
+      ceiling = INFINITY;
     }
-    table_.score(keys, q, h, g.importance.data(), g.ceiling, c.out);
+    table_.score(keys, q, h, g.importance.data(), ceiling, c.out);
     int32_t low = 1;
     int ties = c.out;  // winners that equal `low` and may still be taken
     const int positive = table_.count_ge(keys, c.out, low);

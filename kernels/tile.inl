@@ -68,7 +68,7 @@ inline __attribute__((always_inline)) vf vmin(vf a, vf b) { return pick(a < b, a
 
 // exp to about 1e-7 relative: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients).
 inline __attribute__((always_inline)) vf vexp(vf x) {
-  x = vmin(vmax(x, set1(-87.0f)), set1(88.0f));
+  x = vmin(set1(88.0f), vmax(set1(-87.0f), x));  // in this order a NaN stays one
   vf t = x * set1(1.44269504088896341f);
   const vi sign = reinterpret_cast<vi>(t) & reinterpret_cast<vi>(set1(-0.0f));
   const vf half = reinterpret_cast<vf>(sign | reinterpret_cast<vi>(set1(0.5f)));
@@ -127,13 +127,13 @@ __attribute__((noinline)) void eltwise(float *out, const float *a, float scale, 
   if (sum) add_sum(sum, total);
 }
 
-// Float32 to the nearest bf16 (ties to even), in the lower half. A NaN stays one (but for payloads nobody makes).
+// Float32 to the nearest bf16 (ties to even), in the lower half. A NaN stays one.
 inline __attribute__((always_inline)) vu nearest(vf v) {
 #ifdef AFDS_DOT
   return (vu)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));  // a denormal becomes zero
 #else
-  const vu b = reinterpret_cast<vu>(v);
-  return (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+  const vu b = reinterpret_cast<vu>(v), nan = reinterpret_cast<vu>(v != v);
+  return (((b + 0x7fffu + ((b >> 16) & 1u)) >> 16) & ~nan) | (nan & 0x7fc0u);
 #endif
 }
 
@@ -388,21 +388,27 @@ int count_ge(const int32_t *keys, int n, int32_t t) {
   return c;
 }
 
+constexpr int32_t kInfinity = 0x7f800000;
+
 void score(int32_t *keys, float *q, const float *h, const float *importance, float ceiling, int n) {
   const vf zero = set1(0.0f), top = set1(ceiling);
   int i = 0;
   for (; i + L <= n; i += L) {
     const vf v = vmin(top, vmax(zero, load(h + i)));
     store(q + i, v);
-    const vf s = vmax(v * load(importance + i), zero);  // a NaN becomes zero here: it wins nothing
-    *reinterpret_cast<viu *>(keys + i) = reinterpret_cast<vi>(s);
+    const vi s = reinterpret_cast<vi>(vmax(zero, v * load(importance + i))) & 0x7fffffff;
+    const vi beyond = s > kInfinity;  // a NaN wins, so that it is seen at the end
+    *reinterpret_cast<viu *>(keys + i) = (s & ~beyond) | (beyond & kInfinity);
   }
   for (; i < n; ++i) {
-    float v = h[i] > 0 ? h[i] : 0;
-    q[i] = v = v < ceiling ? v : ceiling;
+    float v = h[i] <= 0 ? 0 : h[i];
+    q[i] = v = v > ceiling ? ceiling : v;
     v *= importance[i];
-    v = v > 0 ? v : 0;
-    __builtin_memcpy(keys + i, &v, sizeof v);
+    keys[i] = kInfinity;
+    if (v == v) {
+      v = v > 0 ? v : 0;
+      __builtin_memcpy(keys + i, &v, sizeof v);
+    }
   }
 }
 
@@ -443,25 +449,29 @@ void stage(float *dst, int dst_pitch, const float *src, int src_pitch, int rows,
   }
 }
 
+// The larger one, or a NaN where there is one.
+inline __attribute__((always_inline)) vf larger(vf a, vf b) {
+  const vi nan = a != a;
+  return reinterpret_cast<vf>((reinterpret_cast<vi>(vmax(a, b)) & ~nan) | (reinterpret_cast<vi>(a) & nan));
+}
+inline float larger(float a, float b) { return a > b || a != a ? a : b; }
+
 void max3(float *dst, const float *a, const float *b, const float *c, int n) {
   int i = 0;
-  for (; i + L <= n; i += L) store(dst + i, vmax(load(a + i), vmax(load(b + i), load(c + i))));
-  for (; i < n; ++i) {
-    const float m = b[i] > c[i] ? b[i] : c[i];
-    dst[i] = a[i] > m ? a[i] : m;
-  }
+  for (; i + L <= n; i += L) store(dst + i, larger(load(a + i), larger(load(b + i), load(c + i))));
+  for (; i < n; ++i) dst[i] = larger(a[i], larger(b[i], c[i]));
 }
 
 template <int S>
 void max_rows(float *__restrict dst, const float *__restrict src, int n) {
-  for (int i = 0; i < n; ++i) dst[i] = dst[i] >= src[S * i] ? dst[i] : src[S * i];
+  for (int i = 0; i < n; ++i) dst[i] = larger(dst[i], src[S * i]);
 }
 
 void stride_max(float *dst, const float *src, int n, int stride) {
   if (stride == 1) max_rows<1>(dst, src, n);
   else if (stride == 2) max_rows<2>(dst, src, n);
   else
-    for (int i = 0; i < n; ++i) dst[i] = dst[i] >= src[stride * i] ? dst[i] : src[stride * i];
+    for (int i = 0; i < n; ++i) dst[i] = larger(dst[i], src[stride * i]);
 }
 
 template <int S>
@@ -493,7 +503,7 @@ void halve(Half to, const float *from, int n) {
   for (; i < n; ++i) {
     uint32_t b;
     __builtin_memcpy(&b, from + i, sizeof b);
-    b = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+    b = from[i] == from[i] ? (b + 0x7fffu + ((b >> 16) & 1u)) >> 16 : 0x7fc0u;
     to.words[i] = b << to.shift | (to.words[i] & to.keep);
   }
 }

@@ -9,17 +9,22 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afds import runtime
 from afds.errors import ConfigError, RunFolderError
+from afds.selection import gates, select, set_density
+from convolutions import Small, check_equal
+from networks import randomise_bn, train_like
 
 pytestmark = pytest.mark.skipif(not runtime.is_built(), reason="afds was installed without its native runtime")
 linux = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="asks for a Linux process")
@@ -277,3 +282,138 @@ def test_norms_without_statistics_and_odd_squeezes_are_refused() -> None:
 
     with pytest.raises(runtime.UnsupportedError, match="read again"):
         runtime.compile(ReadAgain(lambda a, b, x: a).eval(), input_size=20)
+
+
+# ------------------------------------------------------------ what silently gave other numbers
+
+
+class Shared(nn.Module):
+    """One convolution that runs twice, with a norm of its own each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+        self.one, self.two = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.one(self.b(F.relu(self.a(x)))))
+        return self.fc(F.relu(self.two(self.b(x))).mean((2, 3)))
+
+
+def test_a_convolution_with_two_norms_is_refused_and_with_one_computed() -> None:
+    torch.manual_seed(0)
+    model, x = Shared().eval(), torch.randn(2, 3, 12, 12)
+    with torch.no_grad():
+        assert np.allclose(runtime.compile(model, input_size=12)(x.numpy()), model(x).numpy(), atol=1e-5)
+    model.two.weight.data += 1
+    with pytest.raises(runtime.UnsupportedError, match="b: it runs twice"):
+        runtime.compile(model, input_size=12)
+
+
+def test_a_sigmoid_after_channels_that_may_lose_is_refused() -> None:
+    model = timm.create_model("resnet18", act_layer="sigmoid", layers=(1, 1, 1, 1), channels=(8, 8, 16, 16)).eval()
+    x = torch.randn(1, 3, 40, 40)
+    with torch.no_grad():
+        assert np.allclose(runtime.compile(model, input_size=40)(x.numpy()), model(x).numpy(), atol=1e-4)
+    with pytest.raises(runtime.UnsupportedError, match="does not keep zero"):
+        runtime.compile(select(model, density=0.5).eval(), input_size=40)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0xFFFFFFFF, 0x7FFFFFFF, 0x7F800000])
+def test_an_image_with_a_pixel_that_is_no_number_gives_logits_that_are_none(precision: str, bits: int) -> None:
+    torch.manual_seed(0)
+    plain = randomise_bn(timm.create_model("resnet18", num_classes=5, layers=(1, 1, 1, 1), channels=(8, 8, 16, 16)))
+    chosen = train_like(select(plain.eval(), density=0.5), static=0, pruned=0).eval()
+    partly = train_like(select(plain.eval(), density=0.5), static=0.5, pruned=0).eval()
+    x = torch.randn(2, 3, 33, 33)
+    x[0, 1, 16, 16] = torch.tensor(np.uint32(bits).view(np.int32)).view(torch.float32)
+    for model in (plain.eval(), chosen, partly):
+        with torch.no_grad():
+            want = torch.isnan(model(x))
+        for isa in runtime.usable_isas(precision):
+            got = np.isnan(runtime.compile(model, input_size=33, precision=precision, isa=isa)(x.numpy()))
+            assert got.tolist() == want.tolist() == [[True] * 5, [False] * 5], (type(model), isa)
+
+
+def test_constants_are_not_capped_as_predictions_are() -> None:
+    model = select(randomise_bn(Small(6, 8, 3, 1, 1, 1, False).eval(), zeros=0)).eval()
+    gate = gates(model)["conv"]
+    with torch.no_grad():
+        gate.dynamic[0] = False
+        gate.gamma[0] = 3 * float(gate.predictor.ceiling)  # worth more than what channel 1 is predicted
+        gate.predictor.bias[1] = 0.9 * float(gate.predictor.ceiling)
+        gate.importance[1] = 2.0
+    set_density(model, {"conv": 1 / 8})
+    x = torch.randn(2, 3, 9, 9)
+    check_equal(runtime.compile(model, input_size=9), model, x, 1e-4)
+    assert gate.active_BC is not None
+    assert gate.active_BC[:, 0].all()
+
+
+@pytest.mark.parametrize("wrong", [{"threads": 0}, {"threads": 2000}, {"threads": 1.5}, {"threads": "2"}, {"isa": "zz"},
+                                   {"input_size": 33.0}, {"input_size": (40,)}, {"input_size": "40"}])  # fmt: skip
+def test_wrong_arguments_are_named(tiny_resnet: nn.Module, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"^{next(iter(wrong))} is "):
+        runtime.compile(tiny_resnet, **{"input_size": 40, **wrong})
+    assert runtime.compile(tiny_resnet, input_size=np.int64(40), threads=np.int64(1)).threads == 1  # type: ignore[arg-type]
+
+
+def test_a_plan_without_weights_is_not_saved_and_an_executor_not_copied(tiny_resnet: nn.Module, tmp_path: Path) -> None:
+    executor = runtime.compile(tiny_resnet, input_size=40)
+    with pytest.raises(ConfigError, match="without the weights"):
+        executor.plan.save(tmp_path / "plan")
+    assert not (tmp_path / "plan").exists()
+    with pytest.raises(TypeError, match="compile the run again"):
+        copy.deepcopy(executor)
+
+
+# ------------------------------------------------------------ several Python threads, in PyTorch
+
+
+def test_networks_are_compiled_while_others_run() -> None:
+    """While fx traces, `nn.Module` is patched for the whole process."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=5, layers=(1, 1, 1, 1), channels=(8, 8, 16, 16)).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        want = model(x)
+    done = threading.Event()
+
+    def run() -> int:
+        calls = 0
+        with torch.no_grad():
+            while not done.is_set() or not calls:
+                assert torch.equal(model(x), want)
+                calls += 1
+        return calls
+
+    with ThreadPoolExecutor(4) as pool:
+        running = pool.submit(run)
+        compiled = [pool.submit(lambda: runtime.compile(model, input_size=32)) for _ in range(6)]
+        try:
+            for future in compiled:
+                assert np.allclose(future.result()(x.numpy()), want.numpy(), atol=1e-5)
+        finally:
+            done.set()
+        assert running.result() > 0
+
+
+@pytest.mark.parametrize("family", ["resnet18", "mobilenetv2_100"])
+def test_two_threads_run_one_selective_network(family: str) -> None:
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)} if family == "resnet18" else {}
+    model = select(randomise_bn(timm.create_model(family, num_classes=5, **small)), density=0.4)
+    model = train_like(model, static=0, pruned=0, spread=0.5).eval()
+    images = [torch.randn(4, 3, 33, 33), -torch.randn(3, 3, 33, 33)]
+    with torch.inference_mode():
+        want = [model(x_BCHW) for x_BCHW in images]
+
+    def run(i: int) -> None:
+        with torch.inference_mode():
+            for _ in range(20):
+                assert torch.allclose(model(images[i]), want[i], rtol=1e-3, atol=1e-5)
+
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(run, i) for i in (0, 1)]:
+            future.result()

@@ -16,6 +16,8 @@ wrong, is refused by name. Nothing is ever left dense in silence.
 from __future__ import annotations
 
 import operator
+import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +70,32 @@ class ConvBN:
     leaders: tuple[str, ...]  # depthwise only: the units whose channels it carries on
 
 
-class _Tracer(fx.Tracer):
+TRACING = threading.RLock()
+"""One trace at a time: while fx traces, `nn.Module` is patched for the whole process."""
+if hasattr(os, "register_at_fork"):  # a child must not come to life in the middle of another thread's trace
+    os.register_at_fork(before=TRACING.acquire, after_in_parent=TRACING.release, after_in_child=TRACING.release)
+
+
+class ThreadTracer(fx.Tracer):
+    """A tracer that leaves networks alone that other threads run meanwhile."""
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with TRACING:
+            self._thread = threading.get_ident()
+            return super().trace(root, concrete_args)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+class _Tracer(ThreadTracer):
     """Convolutions, norms, selective units and timm's untraceable modules are leaves."""
 
     def is_leaf_module(self, m: nn.Module, qualname: str) -> bool:

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -150,6 +151,15 @@ class Predictor(nn.Module):
         self.reduce.out_features = self.rank
 
 
+class _Latest(threading.local):
+    """What a gate chose last, in each thread its own: two threads may run one network at once."""
+
+    active_BC: Tensor | None = None  # noqa: N815
+
+    def __reduce__(self) -> tuple[type[_Latest], tuple[()]]:
+        return type(self), ()  # a copy has run nothing yet
+
+
 class Gate(nn.Module):
     """pi of one unit: (B, C_in, H, W) -> (B, C_out), at the current density."""
 
@@ -181,12 +191,17 @@ class Gate(nn.Module):
         self.importance: Tensor
         self.register_buffer("predicted", None)  # after compaction: the channels that have a row in the predictor
         self.predicted: Tensor | None
-        self.active_BC: Tensor | None = None  # of the latest forward, for the depthwise units that follow
+        self.latest = _Latest()
 
     @property
     def k(self) -> int:
         """Winners per image."""
         return winners(self.density, self.sign.numel())
+
+    @property
+    def active_BC(self) -> Tensor | None:  # noqa: N802
+        """(B, C_out) bool: the winners of this thread's latest forward."""
+        return self.latest.active_BC
 
     def saliency(self, x_BCHW: Tensor) -> Tensor:
         """q: (B, C_out), not negative, before winner-take-all."""
@@ -247,8 +262,8 @@ class Gate(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         q_BC = self.saliency(x_BCHW)
         with torch.no_grad():
-            self.active_BC = winner_take_all(q_BC.detach() * self.importance, self.k)
-        return q_BC * self.active_BC * self.sign
+            active_BC = self.latest.active_BC = winner_take_all(q_BC.detach() * self.importance, self.k)
+        return q_BC * active_BC * self.sign
 
 
 class FollowingGate(nn.Module):
@@ -263,7 +278,7 @@ class FollowingGate(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(gamma_C.clone())
         self._leaders = tuple(leaders)  # a tuple: they are not this module's children
-        self.active_BC: Tensor | None = None
+        self.latest = _Latest()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         active_BC = self._leaders[0].active_BC
@@ -271,8 +286,13 @@ class FollowingGate(nn.Module):
         for leader in self._leaders[1:]:
             assert leader.active_BC is not None
             active_BC = active_BC | leader.active_BC
-        self.active_BC = active_BC
+        self.latest.active_BC = active_BC
         return self.gamma * active_BC
+
+    @property
+    def active_BC(self) -> Tensor | None:  # noqa: N802
+        """(B, C) bool: the channels of this thread's latest forward."""
+        return self.latest.active_BC
 
 
 class SelectiveConvBN(nn.Module):

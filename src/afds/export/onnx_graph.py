@@ -177,7 +177,7 @@ class OnnxOps:
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
         if target in (F.relu, torch.relu, "relu", "relu_"):
             return self.relu(x)
-        if name == "sigmoid":
+        if name in ("sigmoid", "sigmoid_"):
             return self.emit("Sigmoid", x)
         if target in (F.dropout, "contiguous", "clone", "to"):
             return x

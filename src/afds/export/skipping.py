@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from afds.errors import ExportError
-from afds.graph import ADDS, MULS, is_sigmoid, passes_channels, trace
+from afds.graph import ADDS, MULS, ThreadTracer, is_sigmoid, passes_channels, trace
 from afds.selection import FollowingGate, Gate, SelectiveConvBN
 
 Handle = Any  # a tensor that is there (TorchOps) or that will be (a name in an ONNX graph)
@@ -537,7 +537,7 @@ class _Program(nn.Module):
         return self._lowering[0].run(TorchOps(), x_BCHW)
 
 
-class _ConstantTracer(fx.Tracer):
+class _ConstantTracer(ThreadTracer):
     """Weights are folded while tracing: they are values, not symbols."""
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:

@@ -30,9 +30,10 @@ def make_plan(model: nn.Module, input_size: Size, precision: str = "float32") ->
         UnsupportedError: naming the layer that the runtime does not compute.
         SourceError: the forward cannot be traced.
     """
-    size = (input_size, input_size) if isinstance(input_size, int) else input_size
-    if min(size) < 1:
-        raise ConfigError(f"input_size is {input_size}; give pixels, 1 or more.")
+    size = input_size if isinstance(input_size, tuple | list) else (input_size, input_size)
+    if len(size) != 2 or not all(hasattr(n, "__index__") and n > 0 for n in size):
+        raise ConfigError(f"input_size is {input_size!r}; give pixels, one side or (height, width), 1 or more.")
+    size = (int(size[0]), int(size[1]))
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
     return place(lower(model, size, precision == "bf16"), precision)

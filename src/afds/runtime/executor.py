@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ try:
 except ImportError:  # built without a compiler
     _kernels = None  # type: ignore[assignment]
 
+MOST_THREADS = 1024
 BUILD_ADVICE = ("afds was installed without its native runtime. Install a C++ compiler (g++ or clang) and install "
                 "afds again; until then the PyTorch forward (--runtime torch) computes the same.")  # fmt: skip
 
@@ -68,14 +70,17 @@ class Executor:
     def __init__(self, plan: Plan, *, threads: int = 1, isa: str = "auto") -> None:
         if _kernels is None:
             raise RuntimeMissingError(BUILD_ADVICE)
-        if not 1 <= threads <= 1024:
-            raise ConfigError(f"threads is {threads}; give 1 or more.")
+        if not hasattr(threads, "__index__") or not 1 <= threads <= MOST_THREADS:
+            raise ConfigError(f"threads is {threads!r}; give a whole number from 1 to {MOST_THREADS}.")
         if plan.precision not in PRECISIONS:
             raise ConfigError(f"This plan's precision is {plan.precision!r}; there are {' and '.join(PRECISIONS)}.")
+        known = usable_isas(plan.precision)
+        if isa != "auto" and isa not in known:
+            raise ConfigError(f"isa is {isa!r}; this CPU can run {', '.join(known)}; or give auto.")
         self.plan = replace(plan, tensors={})
         """Without the weights: the engine holds its own, and a second copy would double the memory."""
         try:
-            engine = _kernels.Engine(threads, isa, plan.precision == "bf16")
+            engine = _kernels.Engine(int(threads), isa, plan.precision == "bf16")
             for buffer in plan.buffers:
                 engine.add_buffer(buffer)
             for value in plan.values:
@@ -88,6 +93,9 @@ class Executor:
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, MemoryError) as error:
             raise ConfigError(f"This plan cannot be run: {error}") from error
         self._engine = engine
+
+    def __reduce__(self) -> Any:
+        raise TypeError("An executor cannot be copied or pickled: compile the run again where it is wanted.")
 
     @property
     def threads(self) -> int:

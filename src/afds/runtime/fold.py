@@ -35,7 +35,7 @@ class Folded:
 
 
 def f32(x: Tensor | np.ndarray) -> np.ndarray:
-    array = x.detach().cpu().numpy() if isinstance(x, Tensor) else x
+    array = x.detach().cpu().float().numpy() if isinstance(x, Tensor) else x
     return np.ascontiguousarray(array, dtype=np.float32)
 
 

@@ -127,7 +127,10 @@ class _Lowering:
 
     def _emit(self, kind: str, name: str, tensors: dict[str, np.ndarray] | None = None, **fields: Any) -> None:
         for key, array in (tensors or {}).items():
-            self.program.tensors[f"{name}.{key}"] = array
+            known = self.program.tensors.setdefault(f"{name}.{key}", array)
+            if known is not array and not np.array_equal(known, array):
+                raise UnsupportedError(f"The native runtime does not compute {name}: it runs twice, with other weights "
+                                       "after folding.")  # fmt: skip
             fields[key] = f"{name}.{key}"
         self.program.ops.append({"kind": kind, "name": name, **fields})
 
@@ -279,11 +282,15 @@ class _Lowering:
         if isinstance(value, Pooled):
             value = self._map(node)
         op = self._maker(node, value)
-        if op is not None and op["kind"] in ("conv", "add") and op["act"] == "none":
+        keeps_zero = act not in ("sigmoid", "hardsigmoid")  # where a channel may be left out, that matters
+        fuses = op is not None and op["act"] == "none" and (
+            op["kind"] in ("conv", "add") if keeps_zero else op["kind"] == "conv" and op["rows"] == "all"
+        )  # fmt: skip
+        if op is not None and fuses:
             self._set_act(op, value, act)
             self.env[node] = value
             return
-        if act in ("sigmoid", "hardsigmoid"):
+        if not keeps_zero:
             raise self._refuse(node, "an activation that does not keep zero")
         of = self.program.features[value]
         if act == "relu" and of.nonnegative:
@@ -367,8 +374,11 @@ class _Lowering:
             raise self._refuse(node, "dilation or a divisor of its own")
         kernel, stride, pad = one(module.kernel_size), one(module.stride), one(module.padding)
         is_max = isinstance(module, nn.MaxPool2d)
-        with torch.no_grad():  # torch says what its own rounding gives
-            height, width = module(torch.zeros(1, 1, of.height, of.width)).shape[2:]
+        try:
+            with torch.no_grad():  # torch says what its own rounding gives
+                height, width = module(torch.zeros(1, 1, of.height, of.width)).shape[2:]
+        except RuntimeError as error:
+            raise self._refuse(node, f"images of {self.size[0]} x {self.size[1]} pixels leave it no pixel") from error
         y = self._feature(of.channels, height, width, of.nonnegative)
         include = bool(getattr(module, "count_include_pad", False))
         self._emit("pool", str(node.target), x=x, y=y, kernel=kernel, stride=stride, pad=pad, max=is_max,

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from afds.errors import RunFolderError
+from afds.errors import ConfigError, RunFolderError
 
 FORMAT = 3
 PRECISIONS = ("float32", "bf16")
@@ -51,7 +51,15 @@ class Plan:
     """float32, or the bits of bf16 as uint16; by the names that the ops use."""
 
     def save(self, folder: Path | str) -> None:
-        """`plan.json` and `plan.safetensors` in ``folder``."""
+        """`plan.json` and `plan.safetensors` in ``folder``.
+
+        Raises:
+            ConfigError: weights are missing, as in the plan that an executor keeps.
+        """
+        wanted = {op[key] for op in self.ops for key in TENSORS.get(op["kind"], ()) if key in op}
+        if missing := sorted(wanted - set(self.tensors)):
+            raise ConfigError(f"This plan has no {missing[0]}: an executor keeps its plan without the weights. Save "
+                              "the one that `make_plan` gives.")  # fmt: skip
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.tensors, folder / "plan.safetensors")
