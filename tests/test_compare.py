@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from afds import fitting
 from afds.artifact import is_run
 from afds.cli import main
 from afds.compare.page import write_page
-from afds.compare.plan import CANDIDATES, CompareConfig, Trial, make_plan
+from afds.compare.plan import CANDIDATES, CompareConfig, Trial, identity, make_plan
 from afds.compare.rows import parse_row, read_rows
 from afds.compare.run import compare, to_do
 from afds.compare.table import cells, footnote, markdown, write_tables
@@ -87,7 +89,7 @@ def test_wrong_rows_are_refused(text: str, match: str) -> None:
 
 def test_rows_of_the_lab_are_readable() -> None:
     lab = Path(__file__).parents[1] / "benchmarks/lab"
-    for name in ("methods.toml", "ablations.toml"):
+    for name in ("methods.toml", "ablations.toml", "table.toml"):
         rows = read_rows(lab / name)
         assert "afds" in [row.name for row in rows]
         assert len({row.slug for row in rows}) == len(rows)
@@ -96,7 +98,8 @@ def test_rows_of_the_lab_are_readable() -> None:
 def test_bases_are_shared_and_every_network_learns_as_long(tmp_path: Path) -> None:
     c = CompareConfig(data=(tmp_path,), out=tmp_path / "out", budgets="1x,2x,5x", seeds=2, epochs=3, base_epochs=4,
                       methods="l2,l2+l1,l2+l1[pruning.stages=4],kd,kd+l1,afds,afds[descent.allocation=uniform],"
-                              "afds[distillation.afd=0.1],l2+slimming,l2+lowres")  # fmt: skip
+                              "afds[distillation.afd=0.1],l2+slimming,l2+lowres,"
+                              "l2+l1[optim.lr=0.04,data_options.colour=0.4]")  # fmt: skip
     plan = make_plan(c)
     bases = [t for t in plan if t.kind == "base"]
     assert sorted(t.row for t in bases if t.seed == 0) == ["afd+dense", "afd+dense", "l2+dense", "l2+slimming"]
@@ -109,6 +112,9 @@ def test_bases_are_shared_and_every_network_learns_as_long(tmp_path: Path) -> No
     assert finals["l2+l1", "2x"].needs == finals["kd", "1x"].needs == finals["kd+l1", "5x"].needs
     assert finals["kd", "1x"].config.source == "resnet50"
     assert finals["kd", "1x"].config.teacher == tmp_path / "out" / finals["kd", "1x"].needs[0]
+    tuned = finals["l2+l1[optim.lr=0.04,data_options.colour=0.4]", "2x"]  # of its own step, and not of its base's
+    assert (tuned.config.optim.lr, tuned.config.data_options.colour) == (0.04, 0.4)
+    assert tuned.needs == finals["l2+l1", "2x"].needs
     order = [t.key for t in plan]
     assert all(order.index(need) < order.index(t.key) for t in plan for need in t.needs)
 
@@ -341,6 +347,47 @@ def test_one_seed_is_compared_image_by_image(finished: tuple[CompareConfig, list
     assert found[1].dense.how == "bootstrap over 30 images"
 
 
+def test_seeds_that_were_tested_on_the_same_images_have_their_error_too(
+    finished: tuple[CompareConfig, list[dict[str, Any]]],
+) -> None:
+    _, lines = finished
+    assert len({line["test_photos"] for line in lines}) == 1
+    same, drawn = (
+        cells(found, "l2+l1")[1].dense for found in (lines, [line | {"test_photos": None} for line in lines])
+    )
+    assert same is not None
+    assert drawn is not None
+    assert (same.mean, drawn.how) == (drawn.mean, "paired t, 2 seeds")
+    assert same.how == "paired t, 2 seeds, and the error of 30 test images"
+    assert same.high is not None
+    assert drawn.high is not None
+    assert same.high >= drawn.high
+
+
+def test_training_from_scratch_is_not_the_dense_row(finished: tuple[CompareConfig, list[dict[str, Any]]]) -> None:
+    _, lines = finished
+    dense = [line | {"row": "scratch", "config": line["config"] | {"method": "scratch"}} for line in lines
+             if line["row"] == "l2"]  # fmt: skip
+    found = cells([*dense, *lines], "l2+l1")
+    assert {cell.dense_row for cell in found} == {"l2"}
+    assert "dense: l2." in footnote(found, "l2+l1", 1)
+
+
+def test_photos_that_have_changed_are_refused(room: Path, tmp_path: Path) -> None:
+    shutil.copytree(room / "photos", tmp_path / "photos")
+    config = dataclasses.replace(options(room, tmp_path / "out", seeds=1), data=(tmp_path / "photos",))
+    (tmp_path / "out").mkdir()
+    fake = {"options": identity(config), "rows": {}, "data": {"photos": "of others"}}
+    (tmp_path / "out/compare.json").write_text(json.dumps(fake))
+    with pytest.raises(RunFolderError, match="the photos of photos are not those"):
+        compare(config)
+
+
+def test_an_option_without_effect_is_refused(room: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--epochs"):
+        options(room, tmp_path / "out", optim=OptimConfig(epochs=3))
+
+
 def test_paired_t_by_hand() -> None:
     d = paired([0.9, 0.8, 0.7], [0.8, 0.6, 0.6])
     assert d.mean == pytest.approx(0.4 / 3)
@@ -348,6 +395,13 @@ def test_paired_t_by_hand() -> None:
     assert d.low == pytest.approx(d.mean - 4.302653 * error, rel=1e-5)
     assert not d.clear
     assert paired([0.5], [0.4]).low is None
+    hits = [("110111", "100101"), ("111011", "100111"), ("111110", "101010")]  # of the same six images
+    both = paired([0.9, 0.8, 0.7], [0.8, 0.6, 0.6], hits)
+    by_image = [np.mean([int(a[i]) - int(b[i]) for a, b in hits]) for i in range(6)]
+    of_images = 1.959964 * np.std(by_image, ddof=1) / 6**0.5
+    assert both.mean == d.mean
+    assert both.high == pytest.approx(d.mean + ((d.high - d.mean) ** 2 + of_images**2) ** 0.5)
+    assert both.how.endswith("the error of 6 test images")
     assert paired([0.5, 0.6], [0.4, 0.5]).clear  # the same difference twice
 
 

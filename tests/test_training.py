@@ -319,6 +319,7 @@ def test_paper_method_turns_ours_off() -> None:
     assert not config.selection.importance
     assert config.distillation.logits == config.distillation.hints == 0
     assert config.descent.allocation == "uniform"
+    assert config.descent.reestimate == 0
     assert config.budget == "5x"
     assert resolve_method(FitConfig(method="l2")).budget == "1x"
 
@@ -331,6 +332,7 @@ def test_bad_requests_are_refused_before_training(digits: Path, finished: Path, 
 
     refused(BudgetError, "cannot be reached", budget="100000x")
     refused(ConfigError, "cannot meet a budget", method="scratch+dense")
+    refused(ConfigError, "--teacher is of the methods kd", method="afds", teacher=finished)
     refused(ConfigError, "not JSON", arch_args="{")
     refused(ConfigError, "JSON object", arch_args="[1]")
     refused(RunFolderError, "not empty", out=finished)

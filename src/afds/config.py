@@ -35,6 +35,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "prune_quantile": 0.05,
         "settle": False,
         "reconstruct": 0,
+        "reestimate": 0,
         "lr": 1.0,
     },
 }
@@ -330,7 +331,7 @@ class LatencyConfig:
 class HardwareConfig:
     """Where it runs."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """Kind of device."""
     devices: int = 1
     """How many devices (processes, on a CPU) train together."""
@@ -435,6 +436,9 @@ def resolve_method(config: FitConfig) -> FitConfig:
                           "leave --budget out, or choose a method such as +afs or +l1.")  # fmt: skip
     if "small" in compression and not config.small_source and budget == "1x":
         raise ConfigError(f"--method {config.method} needs --small-source NAME: the smaller pretrained network.")
+    if config.teacher is not None and parse_method(config.method)[0] != "kd":
+        raise ConfigError(f"--teacher is of the methods kd+..., and --method {config.method} would not look at it: "
+                          "leave it out. What afds learns from is the full network of --source RUN.")  # fmt: skip
     if config.unlabelled is not None and (config.method != "afds" or budget == "1x" or not config.descent.settle):
         raise ConfigError("--unlabelled: photos without labels are learned from by method afds where it settles, below "
                           "1x, from the full network that has been fine-tuned before. Leave it out.")  # fmt: skip

@@ -292,6 +292,7 @@ def read_photos(config: FitConfig, progress: Progress) -> tuple[Splits, dict[str
         progress.say(f"warning: {warning}")
     counts = {"train": len(splits.train), "val": len(splits.val), "test": len(splits.test or ())}
     facts = {"classes": len(splits.classes), **counts, "fingerprint": splits.fingerprint(),
+             "test_fingerprint": fingerprint(splits.test) if splits.test else None,
              "bytes": sum(item.path.stat().st_size for item in splits.items()),
              "warnings": list(folder.warnings), "unreadable": [str(u.path) for u in unreadable]}  # fmt: skip
     if splits.unlabelled:

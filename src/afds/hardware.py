@@ -24,9 +24,9 @@ def resolve_device(config: HardwareConfig) -> str:
     Raises:
         ConfigError: the device asked for is not there.
     """
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = {"cpu": True, "cuda": torch.cuda.is_available()}
     if config.device == "auto":
-        return next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+        return "cuda" if there["cuda"] else "cpu"
     if not there[config.device]:
         raise ConfigError(f"--hardware.device {config.device}: this machine has none that torch {torch.__version__} "
                           "can use. Use --hardware.device cpu, or install a torch built for it.")  # fmt: skip

@@ -84,8 +84,9 @@ def estimate(
         taylor_C = effects[name] / seen
         weight_C = (taylor_C / (saliencies[name] / seen).clamp_min(1e-12)).sqrt()
         if previous is not None:
-            taylor_C = taylor_C.where(counts[name] > 0, previous.taylor[name])
-            weight_C = weight_C.where(counts[name] > 0, previous.weight[name])
+            seen_C = counts[name] > 0  # what a checkpoint held is on the CPU
+            taylor_C = taylor_C.where(seen_C, previous.taylor[name].to(taylor_C.device))
+            weight_C = weight_C.where(seen_C, previous.weight[name].to(weight_C.device))
         found.taylor[name], found.weight[name] = taylor_C, weight_C
     return found
 

@@ -127,11 +127,10 @@ class Setup:
         which cost is counted."""
         config, budget = self.config, parse_budget(self.config.budget)
         d, will_settle = config.descent, config.method == "afds" and config.descent.settle and budget.ratio != 1
-        free = will_settle and (self.is_base or config.teacher is None)  # to differ from its teacher
-        if free and d.scales != "predicted":
+        if will_settle and d.scales != "predicted":
             images = partial(self._images, self.splits.train, 3 * d.images)
             fix_scales(self.network, images, but_cheap=d.scales == "cheap")
-        if free and d.input_size:
+        if will_settle and d.input_size:
             self._look_at(d.input_size)
         probe = self._images(self.splits.val, d.images)
         self.stopwatch = self._time(budget.ms, probe)
@@ -163,14 +162,18 @@ class Setup:
         train_set = ImageDataset(items, self._views(augment), cache=d.cache)
         loader = make_loader(train_set, batch_size=o.batch_size, shuffle=True, seed=config.seed, workers=d.workers,
                              drop_last=True)  # fmt: skip
+        train_loader = fabric.setup_dataloaders(loader)  # each process has its share of it
+        if not len(train_loader):
+            raise ConfigError(f"--optim.batch-size {o.batch_size} on {fabric.world_size} devices: {len(items)} photos "
+                              "are too few for a step. Give a smaller batch, or fewer devices.")  # fmt: skip
         epochs = o.epochs or default_epochs(len(items), self.ratio if settles else 1.0)
-        total_steps = epochs * (len(loader) // fabric.world_size)
+        total_steps = epochs * len(train_loader)
         return Plan(
-            config=config, task=task, train_loader=fabric.setup_dataloaders(loader),
+            config=config, task=task, train_loader=train_loader,
             val_loader=self.eval_loader(splits.val), probe=probe,
             labelled=self._labelled(splits.train, 3 * config.descent.images) if selects else [],
             num_classes=len(splits.classes), epochs=epochs,
-            steps_per_epoch=len(loader) // fabric.world_size, teacher=teacher,
+            steps_per_epoch=len(train_loader), teacher=teacher,
             teaches_logits=self.is_base or transfer == "kd",
             descent=plan_descent(total_steps, config.descent, self.ratio, settles=settles) if selects else None,
             reference=reference, held=tuple(self._images(splits.val, 4 * config.descent.images)) if settles else (),

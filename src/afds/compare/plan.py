@@ -264,13 +264,18 @@ def _two_steps(config: FitConfig) -> bool:
 
 
 def _base_config(c: CompareConfig, config: FitConfig, base: str) -> FitConfig:
-    """The dense fine-tuning before a run; what has no effect on it is not in it, so that rows can share it."""
+    """The dense fine-tuning before a run: with the comparison's own options for learning, the same for all rows.
+
+    A row's are of the step that the row is about, as tuning's candidates are. What has no effect is not in it either,
+    so that rows can share it.
+    """
     transfer, compression = parse_method(base)
     d, f = config.distillation, common(c, Path())
     return dataclasses.replace(
         config, method=base, budget="1x", small_source="", unlabelled=None, selection=f.selection, descent=f.descent,
         recovery=f.recovery,
-        optim=dataclasses.replace(config.optim, epochs=c.base_epochs),
+        optim=dataclasses.replace(f.optim, epochs=c.base_epochs),
+        data_options=dataclasses.replace(config.data_options, colour=f.data_options.colour),
         pruning=config.pruning if compression == "slimming" else f.pruning,
         transfer=config.transfer if transfer in ("l2-sp", "delta") else f.transfer,
         distillation=dataclasses.replace(f.distillation, afd=d.afd, hidden=d.hidden, squared=d.squared)

@@ -57,6 +57,7 @@ def compare(c: CompareConfig, console: Console | None = None) -> list[dict[str, 
 
 def _compare(c: CompareConfig, console: Console, pool: Executor, slots: int | None) -> list[dict[str, Any]]:
     prints = preflight(c, console)
+    _same_photos(c, prints)
     plan = make_plan(c)
     if c.dry_run:
         lines = _read_known(c)
@@ -73,8 +74,8 @@ def _compare(c: CompareConfig, console: Console, pool: Executor, slots: int | No
 def _do(
     c: CompareConfig, console: Console, pool: Executor, slots: int | None, plan: list[Trial], prints: dict[str, str]
 ) -> list[dict[str, Any]]:
-    known = read_json(c.out / "compare.json").get("data", {}) if (c.out / "compare.json").exists() else {}
-    write_json(c.out / "compare.json", {"options": identity(c), "rows": _definitions(c), "data": {**known, **prints}})
+    write_json(c.out / "compare.json",
+               {"options": identity(c), "rows": _definitions(c), "data": {**_known_photos(c), **prints}})  # fmt: skip
     lines = _known_lines(c)
     for trial in plan:
         c.out.joinpath(trial.key).parent.mkdir(parents=True, exist_ok=True)
@@ -131,6 +132,18 @@ def preflight(c: CompareConfig, console: Console) -> dict[str, str]:
                 except AfdsError as error:
                     raise type(error)(f"{row.name} at {budget} on {data}: {error}") from error
     return prints
+
+
+def _known_photos(c: CompareConfig) -> dict[str, str]:
+    path = c.out / "compare.json"
+    return dict(read_json(path).get("data", {})) if path.exists() else {}
+
+
+def _same_photos(c: CompareConfig, prints: dict[str, str]) -> None:
+    for name, known in _known_photos(c).items():
+        if prints.get(name, known) != known:
+            raise RunFolderError(f"{c.out}: the photos of {name} are not those that it was begun with. Results of both "
+                                 "in one table would not compare: use a new --out.")  # fmt: skip
 
 
 def _check_sources(c: CompareConfig, data: Path) -> None:
@@ -264,7 +277,7 @@ def run_trial(trial: Trial) -> dict[str, Any]:
         "seed": trial.seed, "multiples": dict(zip(("lr", "weight"), CANDIDATES[trial.candidate], strict=True)),
         "val": None, "test": None, "hits": None, "macs": None, "dense_macs": None, "ratio": None, "seconds": 0.0,
         "error": error, "config": record["config"], "resolved": record["resolved"], "afds": record["afds"],
-        "hardware": record["hardware"], "latency_ms": None,
+        "hardware": record["hardware"], "latency_ms": None, "test_photos": record["data"].get("test_fingerprint"),
     }  # fmt: skip
     if error is None:
         result = read_result(out)

@@ -1,7 +1,7 @@
 """The table: per data set, row and budget the mean over seeds, its spread, and paired differences.
 
-Two columns of differences, both paired: against the reference row at the same budget, and against the first dense row
-of the comparison.
+Two columns of differences, both paired: against the reference row at the same budget, and against the first row of the
+comparison that fine-tunes the dense network.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
+from afds.config import parse_method
 from afds.files import write_atomic, write_json
 from afds.stats import Difference, paired, paired_images, spread
 
@@ -43,6 +44,8 @@ class Cell:
     """Wall time of one run, without that of its base."""
     epochs: int | None = None
     """That one network has learned for in all, its base included."""
+    dense_row: str = ""
+    """What `dense` is the difference to."""
 
 
 def cells(lines: Sequence[dict[str, Any]], reference: str) -> list[Cell]:
@@ -54,7 +57,9 @@ def cells(lines: Sequence[dict[str, Any]], reference: str) -> list[Cell]:
     found = []
     for (data, row, budget), group in groups.items():
         good = [line for line in group if line["test"] is not None]
-        whole = next((g for (d, _, b), g in groups.items() if d == data and b == "1x" and _is_dense(g)), None)
+        whole_row, whole = next(
+            ((r, g) for (d, r, b), g in groups.items() if d == data and b == "1x" and _is_dense(g)), ("", None)
+        )
         other = groups.get((data, reference, budget)) if row != reference else None
         found.append(Cell(
             data, row, budget, len(good), len(group) - len(good),
@@ -63,7 +68,7 @@ def cells(lines: Sequence[dict[str, Any]], reference: str) -> list[Cell]:
             _mean([line["macs"] for line in good]), _mean([line["ratio"] for line in good]),
             _mean([line["latency_ms"] for line in good]), _difference(group, other),
             _difference(group, whole) if whole is not group else None, group[0]["multiples"],
-            _mean([line["seconds"] or None for line in good]), _epochs(group[0]["config"]),
+            _mean([line["seconds"] or None for line in good]), _epochs(group[0]["config"]), whole_row,
         ))  # fmt: skip
     return found
 
@@ -74,9 +79,8 @@ def _epochs(config: dict[str, Any]) -> int:
 
 
 def _is_dense(group: list[dict[str, Any]]) -> bool:
-    return str(group[0]["config"]["method"]).endswith("+dense") or (
-        "+" not in group[0]["config"]["method"] and (group[0]["config"]["method"] not in ("afds", "afds-paper", "fbs"))
-    )
+    transfer, compression = parse_method(group[0]["config"]["method"])
+    return compression == "dense" and transfer != "scratch"
 
 
 def _difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]] | None) -> Difference | None:
@@ -89,7 +93,15 @@ def _difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]] | None)
         return None
     if len(pairs) == 1 and pairs[0][0]["hits"] and len(pairs[0][0]["hits"]) == len(pairs[0][1]["hits"] or ""):
         return paired_images(pairs[0][0]["hits"], pairs[0][1]["hits"])
-    return paired([a["test"] for a, _ in pairs], [b["test"] for _, b in pairs])
+    return paired([a["test"] for a, _ in pairs], [b["test"] for _, b in pairs], _same_images(pairs))
+
+
+def _same_images(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[str, str]]:
+    """Which images were right, seed by seed, where all seeds were tested on the same ones."""
+    tested = {line.get("test_photos") for pair in pairs for line in pair}
+    if len(tested) > 1 or tested == {None} or not all(line["hits"] for pair in pairs for line in pair):
+        return []
+    return [(a["hits"], b["hits"]) for a, b in pairs]
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -129,7 +141,9 @@ def footnote(found: Sequence[Cell], reference: str, trials: int) -> str:
     how = sorted({d.how for cell in found for d in (cell.reference, cell.dense) if d is not None})
     tuned, untuned = f"{trials} tuning trials per row on validation images", "No tuning here: each row as it is defined"
     tuning = tuned if trials > 1 else untuned
-    return (f"Reference: {reference}. Differences are paired ({'; '.join(how) or 'none'}), in points, with their 95 % "
+    wholes = sorted({cell.dense_row for cell in found if cell.dense is not None})
+    against = f"Reference: {reference}" + (f"; dense: {', '.join(wholes)}" if wholes else "")
+    return (f"{against}. Differences are paired ({'; '.join(how) or 'none'}), in points, with their 95 % "
             f"interval; * where it leaves 0 out. ± is the standard deviation over seeds. {tuning}. Every network has "
             f"learned for {learned}; the test split was read once per run; s: seconds of a run after its base."
             )  # fmt: skip

@@ -43,7 +43,7 @@ def with_unlabelled(splits: Splits, folder: Path) -> Splits:
 
 
 def fingerprint(items: Iterable[Item]) -> str:
-    """SHA-256 of the names of photos without labels, wherever their folder lies."""
+    """SHA-256 of the names of photos, wherever their folder lies."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(f"{item.path.parent.name}\0{item.path.name}\n".encode(errors="surrogateescape"))
