@@ -159,10 +159,13 @@ def raiser(error: BaseException) -> Any:
     return run
 
 
-def test_interrupt_pipe_and_faults(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+def test_interrupt_pipe_and_faults(monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path) -> None:
     monkeypatch.setattr(commands, "run", raiser(KeyboardInterrupt()))
-    assert main(["fit"]) == 130
-    assert "afds fit --resume" in capsys.readouterr().err
+    assert main(["fit", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\nafds: interrupted.\n"  # nothing is there yet
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["fit", "--out", str(tmp_path)]) == 130
+    assert f"afds fit --resume {tmp_path}" in capsys.readouterr().err
     monkeypatch.setattr(commands, "run", raiser(AfdsError("x is wrong")))
     assert main(["fit"]) == 2
     assert capsys.readouterr().err == "afds: error: x is wrong\n"

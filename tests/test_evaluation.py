@@ -136,6 +136,14 @@ def test_classes_match_by_name(run: Path, tmp_path: Path) -> None:
     assert whole.labels == two.labels == LABELS
 
 
+def test_photos_of_a_single_class_can_be_evaluated(run: Path, tmp_path: Path) -> None:
+    write_photos(tmp_path / "all")
+    shutil.copytree(tmp_path / "all" / LABELS[0], tmp_path / "photos" / LABELS[0])
+    result = evaluate_folder(run, tmp_path / "photos")
+    assert result.metrics.images == 4
+    assert any("classes have no image here" in note for note in result.notes)
+
+
 def test_unknown_class(run: Path, tmp_path: Path) -> None:
     write_photos(tmp_path / "photos", ("ant", "dog"))
     with pytest.raises(DataError, match=r"does not know the classes 'dog'"):

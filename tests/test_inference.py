@@ -120,6 +120,10 @@ def test_wrong_options(model: Model, photos: list[Path], tmp_path: Path) -> None
 def test_image_files(photos: list[Path], tmp_path: Path) -> None:
     (tmp_path / "photos" / "notes.txt").write_text("x")
     assert list(image_files([tmp_path / "photos"])) == sorted(photos)
+    lost = tmp_path / "photos" / "lost.jpg"  # a link to nothing is named by who reads it, not passed over
+    lost.symlink_to(tmp_path / "gone.jpg")
+    assert list(image_files([tmp_path / "photos"])) == sorted([*photos, lost])
+    lost.unlink()
     assert list(image_files([photos[3], photos[1]])) == [photos[3], photos[1]]
     (tmp_path / "empty").mkdir()
     for path, message in ((tmp_path / "empty", "no image"), (tmp_path / "nothing", "no such")):

@@ -515,3 +515,18 @@ def test_a_channel_that_wakes_after_training_does_not_shout() -> None:
         awake[:, 3] = 1.0
         rise_BC = predictor(awake) - predictor(asleep)
     assert 0 < float(rise_BC.max()) <= 0.1 * 10 / 16**0.5 + 1e-6  # ten standard deviations at most, over sqrt(C)
+
+
+def test_densities_that_cannot_be_change_nothing(tiny_resnet: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="carries no selection"):
+        set_density(tiny_resnet, 0.5)
+    model = select(tiny_resnet)
+    before = densities(model)
+    first = next(iter(before))
+    for wrong, why in (({first: 0.3, "nope": 0.5}, "called nope"), ({first: 0.3, "conv1": 0}, "lies in"),
+                       (None, "a number in"), ("much", "a number in")):  # fmt: skip
+        with pytest.raises(ConfigError, match=why):
+            set_density(model, wrong)  # type: ignore[arg-type]
+        assert densities(model) == before
+    set_density(model, torch.tensor(0.5))  # type: ignore[arg-type]
+    assert set(densities(model).values()) == {0.5}

@@ -74,6 +74,12 @@ def test_mistakes_are_answered_with_the_way_out(spec: str, message: str) -> None
         parse_source(spec)
 
 
+def test_a_run_that_has_not_finished_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SourceError, match=f"not finished. Go on with it: afds fit --resume {tmp_path}"):
+        parse_source(str(tmp_path))
+
+
 def test_a_file_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "weights.onnx").write_bytes(b"x")
     with pytest.raises(SourceError, match=r"weights come as \.safetensors.*not as \.onnx"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from PIL import Image
 
 from afds import fitting
 from afds.artifact import is_run, load_run
+from afds.checkpoint import save_checkpoint
 from afds.config import DataConfig, DescentConfig, FitConfig, OptimConfig, resolve_method
 from afds.data import write_digits
 from afds.errors import BudgetError, ConfigError, DataError, RunFolderError
@@ -321,7 +323,13 @@ def test_paper_method_turns_ours_off() -> None:
     assert config.descent.allocation == "uniform"
     assert config.descent.reestimate == 0
     assert config.budget == "5x"
+    assert resolve_method(config) == config
     assert resolve_method(FitConfig(method="l2")).budget == "1x"
+
+
+def test_paper_method_refuses_what_it_would_overrule() -> None:
+    with pytest.raises(ConfigError, match=r"--descent.static-quantile 0.2: method afds-paper has .* 0.05"):
+        resolve_method(FitConfig(method="afds-paper", descent=DescentConfig(static_quantile=0.2, settle=False)))
 
 
 def test_bad_requests_are_refused_before_training(digits: Path, finished: Path, tmp_path: Path) -> None:
@@ -331,6 +339,7 @@ def test_bad_requests_are_refused_before_training(digits: Path, finished: Path, 
         assert not (tmp_path / "never" / "metrics.jsonl").exists()
 
     refused(BudgetError, "cannot be reached", budget="100000x")
+    refused(RunFolderError, "lies among the photos", out=digits / "run")
     refused(ConfigError, "cannot meet a budget", method="scratch+dense")
     refused(ConfigError, "--teacher is of the methods kd", method="afds", teacher=finished)
     refused(ConfigError, "not JSON", arch_args="{")
@@ -388,3 +397,45 @@ def test_learning_rate_shapes() -> None:
     step = [learning_rate(s, 100, OptimConfig(lr=1.0, schedule="step")) for s in range(100)]
     assert step[66] == pytest.approx(1.0)
     assert step[67] == pytest.approx(0.1)
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_is_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's writer falls over it: a RuntimeError comes out."""
+
+    class Stops:
+        def __reduce__(self) -> Any:
+            raise KeyboardInterrupt
+
+    save_checkpoint(tmp_path / "last.ckpt", {"epoch": 1})
+    before = (tmp_path / "last.ckpt").read_bytes()
+
+    def fall(state: Any, file: Any) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")
+
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path / "last.ckpt", {"epoch": Stops()})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fall)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path / "last.ckpt", {"epoch": 2})
+        patch.setattr(torch, "save", lambda state, file: (_ for _ in ()).throw(RuntimeError("no room")))
+        (tmp_path / "base").mkdir()
+        (tmp_path / "config.json").write_text("{}")
+        with pytest.raises(RunFolderError, match=f"--resume {tmp_path}$"):
+            save_checkpoint(tmp_path / "base" / "last.ckpt", {"epoch": 2})
+    assert (tmp_path / "last.ckpt").read_bytes() == before
+
+
+def test_a_refit_on_a_single_position_changes_nothing(digits: Path, tmp_path: Path) -> None:
+    """A 1 x 1 map of one crop has no spread: no NaN may come of it."""
+    source = tmp_path / "dense"
+    fit(options(digits, source, method="scratch", budget="1x", optim=OptimConfig(epochs=1, batch_size=8)), quiet=True)
+    descent = DescentConfig(images=2, reconstruct=1, reestimate=0, multiple_of=1)
+    result = fit(options(digits, tmp_path / "run", method="afds", source=str(source), budget="2x", descent=descent,
+                         optim=OptimConfig(epochs=1, batch_size=8)), quiet=True)  # fmt: skip
+    assert math.isfinite(result.val.cross_entropy)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from afds.errors import RunFolderError
+from afds.files import whole_run
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -28,9 +29,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch's writer has errors of its own
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error.__context__, KeyboardInterrupt):  # the writer fell over it
+            raise KeyboardInterrupt from error
         reason = getattr(error, "strerror", None) or "no space left, perhaps"
         raise RunFolderError(f"{path} cannot be written ({reason}). Make room, then go on with: "
-                             f"afds fit --resume {path.parent}") from error  # fmt: skip
+                             f"afds fit --resume {whole_run(path.parent)}") from error  # fmt: skip
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        hint = f" Go on with: afds fit --resume {_run_folder(arguments)}" if arguments[:1] == ["fit"] else ""
+        run = _run_folder(arguments) if arguments[:1] == ["fit"] else ""
+        hint = (
+            f" Go on with: afds fit --resume {run}" if run and os.path.exists(os.path.join(run, "config.json")) else ""
+        )
         print(f"\nafds: interrupted.{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, `head` say, has seen enough
@@ -87,7 +90,7 @@ def _run_folder(arguments: list[str]) -> str:
                 return arguments[position + 1]
             if word.startswith(option + "="):
                 return word.partition("=")[2]
-    return "RUN"
+    return ""
 
 
 def _dispatch(arguments: list[str]) -> int:

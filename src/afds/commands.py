@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -174,6 +175,9 @@ def run(verb: str, arguments: list[str]) -> int:
 
     Raises AfdsError for what the user can mend, SystemExit after help and for options that cannot be read.
     """
+    warnings.filterwarnings(
+        "ignore", message="Image size .* exceeds limit"
+    )  # Pillow's; what it refuses is told by name
     if verb == "prepare":
         from afds.prepare_command import prepare_command
 

@@ -443,14 +443,26 @@ def resolve_method(config: FitConfig) -> FitConfig:
         raise ConfigError("--unlabelled: photos without labels are learned from by method afds where it settles, below "
                           "1x, from the full network that has been fine-tuned before. Leave it out.")  # fmt: skip
     config = dataclasses.replace(config, budget=budget)
+    if config.method == "afds-paper":
+        config = _as_published(config)
     if config.descent.allocation == "auto":
         settles = config.method == "afds" and budget != "1x" and config.descent.settle
         descent = dataclasses.replace(config.descent, allocation="uniform" if settles else "importance")
         config = dataclasses.replace(config, descent=descent)
-    if config.method == "afds-paper":
-        parts = {part: dataclasses.replace(getattr(config, part), **values) for part, values in PAPER.items()}
-        config = dataclasses.replace(config, **parts)
     return config
+
+
+def _as_published(config: FitConfig) -> FitConfig:
+    parts = {}
+    for part, values in PAPER.items():
+        given, usual = getattr(config, part), getattr(FitConfig(), part)
+        for name, value in values.items():
+            if getattr(given, name) not in (getattr(usual, name), value):
+                option = f"--{part}.{name}".replace("_", "-")
+                raise ConfigError(f"{option} {getattr(given, name)}: method afds-paper has a value of its own there, "
+                                  f"{value}. Leave it out, or take method afds with --descent.no-settle.")  # fmt: skip
+        parts[part] = dataclasses.replace(given, **values)
+    return dataclasses.replace(config, **parts)
 
 
 def recovering(config: FitConfig) -> FitConfig:

@@ -110,7 +110,7 @@ def _once(config: FitConfig) -> FitResult:
     assert config.out is not None
     if is_run(config.out):
         return read_result(config.out)
-    if (config.out / "last.ckpt").exists():
+    if (config.out / "config.json").exists():
         config = FitConfig(resume=config.out)
     return fit(config, quiet=True)
 

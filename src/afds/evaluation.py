@@ -232,7 +232,7 @@ def labelled_items(run: Run, data_path: Path | str, split: str = "auto") -> tupl
     """
     if split not in SPLITS:
         raise DataError(f"{split!r} is no split; choose one of {', '.join(SPLITS)}.")
-    folder = scan(data_path)
+    folder = scan(data_path, least=1)
     labels = {name: position for position, name in enumerate(run.labels)}
     if strangers := [name for name in folder.classes if name not in labels]:
         more = f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from afds.errors import RunFolderError
 
 LOCK = ".lock"
+STEPS = ("source", "base")  # sub-folders of a run folder that hold the runs before
 PATIENCE = 5.0  # seconds in which a process that was told to end lets go of its folder
 MAX_JSON_BYTES = 64 * 2**20  # a ResNet-152's structure.json has 0.2 MB; more than this is not ours
 
@@ -101,6 +102,25 @@ def check_place(out: Path) -> Path:
     if not os.access(here, os.W_OK | os.X_OK):
         raise RunFolderError(f"--out {out}: {here} cannot be written to; name another place.")
     return here
+
+
+def check_beside(out: Path, *photos: Path) -> None:
+    """Refuse a folder for results among the photos: the next look at these would take it for a class.
+
+    Raises:
+        RunFolderError: it lies in one of ``photos``.
+    """
+    for folder in photos:
+        place, root = os.path.realpath(out), os.path.realpath(folder)
+        if os.path.commonpath([place, root]) == root:
+            raise RunFolderError(f"--out {out} lies among the photos of {folder}; name a folder outside of it.")
+
+
+def whole_run(folder: Path) -> Path:
+    """The run folder that a step's folder belongs to, which is what can be resumed."""
+    while folder.name in STEPS and (folder.parent / "config.json").exists():
+        folder = folder.parent
+    return folder
 
 
 def is_empty(folder: Path) -> bool:

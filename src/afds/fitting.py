@@ -27,7 +27,7 @@ from afds.data import Splits, check_images, describe, make_splits, scan, with_un
 from afds.data.unlabelled import fingerprint
 from afds.errors import ConfigError, DataError, RunFolderError
 from afds.evaluation import Metrics, evaluate
-from afds.files import LOCK, alone_in, check_place, is_empty, read_json, write_json
+from afds.files import LOCK, STEPS, alone_in, check_beside, check_place, is_empty, read_json, write_json
 from afds.hardware import make_fabric, resolve_device
 from afds.latency import solve_latency
 from afds.lineage import check_unseen
@@ -39,8 +39,6 @@ from afds.selection import densities, round_predictors, set_density
 from afds.setup import Setup
 from afds.sources import parse_source
 from afds.training import train
-
-STEPS = ("source", "base")  # sub-folders of a run folder that hold the runs before
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,7 @@ def _fit(config: FitConfig, quiet: bool, held: contextlib.ExitStack) -> FitResul
         missing = "a folder of photos" if config.data is None else "--out RUN, the folder to write"
         raise ConfigError(f"afds fit needs {missing} (or --resume RUN).")
     _check_out(config.out, resuming=config.resume is not None)
+    check_beside(config.out, config.data)
     if parse_budget(config.budget).ms is not None:  # what can be told without the photos is told before they are read
         check_runtime(config.latency.runtime)
     resolve_device(config.hardware)
@@ -212,17 +211,18 @@ def _steps_before(config: FitConfig, setup: Setup, quiet: bool) -> FitConfig:
     assert config.out is not None
     if config.source_data is not None:
         source = dataclasses.replace(
-            config, data=config.source_data, source_data=None, unlabelled=None, method="l2+afs", budget="1x",
-            optim=dataclasses.replace(config.optim, epochs=config.source_epochs),
+            config, data=config.source_data, source_data=None, unlabelled=None, teacher=None, method="l2+afs",
+            budget="1x", optim=dataclasses.replace(config.optim, epochs=config.source_epochs),
         )  # fmt: skip
         config = dataclasses.replace(config, source=_step(source, config.out / "source", quiet), source_data=None)
     assert config.out is not None
     base_method = base_of(config)
-    if base_method is not None and not setup.is_base and config.teacher is None:
+    taught = config.teacher is not None and parse_method(config.method)[1] not in PRUNED  # what is cut learns before
+    if base_method is not None and not setup.is_base and not taught:
         if config.method == "afds" and _carries_selection(config.source):
             base_method = "afd+afs"
         base = dataclasses.replace(
-            config, method=base_method, budget="1x", small_source="", unlabelled=None,
+            config, method=base_method, budget="1x", small_source="", unlabelled=None, teacher=None,
             optim=dataclasses.replace(config.optim, epochs=config.base_epochs),
         )  # fmt: skip
         config = after_base(config, _step(base, config.out / "base", quiet))
@@ -248,7 +248,7 @@ def base_of(config: FitConfig) -> str | None:
 def after_base(config: FitConfig, base: str) -> FitConfig:
     """The options of a run once its base is there, in the run folder ``base``."""
     transfer, compression = parse_method(config.method)
-    teacher = Path(base) if transfer == "kd" else config.teacher
+    teacher = config.teacher or (Path(base) if transfer == "kd" else None)
     if transfer == "kd" and compression in ("dense", "small"):
         return dataclasses.replace(config, teacher=teacher)  # the student starts from pretrained weights
     return dataclasses.replace(config, source=base, teacher=teacher, anchor=config.anchor or config.source)
@@ -414,7 +414,9 @@ def _closing(result: FitResult, config: FitConfig) -> str:
                      f"thread{'s' if c.threads > 1 else ''}), {config.budget} asked")  # fmt: skip
     base = Path(config.source)
     if config.method == "afds" and config.budget != "1x" and is_run(base):
-        lines.append(f"fine-tuned at full cost ({base}): {accuracies(read_result(base))}")
+        before = read_result(base)
+        what = "fine-tuned at full cost" if before.cost.ratio < 1.01 else f"before, at {before.cost.ratio:.2f}x"
+        lines.append(f"{what} ({base}): {accuracies(before)}")
     if result.cost.ratio < 1 and config.budget != "1x":
         lines.append("Not worth it: the predictors cost more than selection saves.")
     return "\n".join([*lines, f"run folder: {result.out}"])

@@ -73,8 +73,8 @@ def inspect_run(
     run = load_run(run_path)
     if not has_selection(run.model):
         raise ConfigError(
-            f"{run.path} is a dense network: it computes every channel for every image, so there are no winners to "
-            "inspect. Give a run with a budget, from afds fit --budget 5x."
+            f"{run.path} carries no selection: it computes all channels that it has for every image, so there are no "
+            "winners to inspect. Give a run of afds, afds-paper or fbs with a budget, from afds fit --budget 5x."
         )
     place, split, items = _photos(run, data)
     items = spaced(items, images)

@@ -240,7 +240,7 @@ def _refit(
     used = (wins_C > 0) & (mean_pi_C.abs() > 1e-3)
     x_ND = torch.cat([torch.stack(list(patches(conv, x_BCHW, at_P)), 1).flatten(0, 1) for x_BCHW in inputs])
     alive = (x_ND != 0).any(0)
-    if not bool(used.any()) or not bool(alive.any()):
+    if not bool(used.any()) or not bool(alive.any()) or len(x_ND) < 2:  # a single position has no spread
         return 1.0, 1.0
     x_ND = x_ND[:, alive]
     std_C, mu_C = (norm.running_var + norm.eps).sqrt(), norm.running_mean
@@ -269,6 +269,8 @@ def _refit(
 def _measure_norm(unit: SelectiveConvBN, inputs: list[Tensor]) -> None:
     """A grouped convolution keeps its weights; its batch norm follows what now arrives."""
     maps = torch.cat([unit.conv(x_BCHW).transpose(0, 1).flatten(1) for x_BCHW in inputs], 1)
+    if maps.shape[1] < 2:
+        return
     assert unit.norm.running_mean is not None
     assert unit.norm.running_var is not None
     unit.norm.running_mean.copy_(maps.mean(1))

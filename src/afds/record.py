@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from afds.errors import ConfigError, RunFolderError
-from afds.files import write_atomic
+from afds.files import whole_run, write_atomic
 
 
 class Record:
@@ -35,7 +35,7 @@ class Record:
                 file.write(line)
         except OSError as error:
             raise RunFolderError(f"{self.path} cannot be written ({error.strerror}). Make room, then go on with: "
-                                 f"afds fit --resume {self.path.parent}") from error  # fmt: skip
+                                 f"afds fit --resume {whole_run(self.path.parent)}") from error  # fmt: skip
         if self._board is not None and kind in ("step", "epoch"):
             at = values["step"] if kind == "step" else values["epoch"]
             for name, value in values.items():
@@ -76,4 +76,6 @@ def _finite(value: Any) -> Any:
         return None
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
     return value

@@ -391,16 +391,25 @@ def set_density(model: nn.Module, density: float | dict[str, float]) -> None:
     """Set one density for all layers, or one for each unit by its path.
 
     Raises:
-        ConfigError: a density outside (0, 1], or a name that is not a unit.
+        ConfigError: no selection, a density outside (0, 1], or a name that is not a unit; then none has changed.
     """
     chosen = gates(model)
-    wanted = dict.fromkeys(chosen, density) if isinstance(density, float | int) else density
-    for name, value in wanted.items():
+    if not chosen:
+        raise ConfigError("This network carries no selection: select() puts it in.")
+    if not isinstance(density, dict):
+        density = dict.fromkeys(chosen, density)
+    wanted = {}
+    for name, value in density.items():
         if name not in chosen:
             raise ConfigError(f"There is no selective unit called {name}.")
-        if not 0 < value <= 1:
+        try:
+            wanted[name] = float(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"A density is a number in (0, 1], got {value!r}.") from error
+        if not 0 < wanted[name] <= 1:
             raise ConfigError(f"A density lies in (0, 1], got {value} for {name}.")
-        chosen[name].density = float(value)
+    for name, value in wanted.items():
+        chosen[name].density = value
 
 
 @torch.no_grad()

@@ -362,6 +362,8 @@ def _sha256(file: Path) -> str:
 
 
 def _unknown(name: str, spec: str) -> str:
+    if (Path(spec).expanduser() / "config.json").exists() and spec.strip():
+        return f"--source {spec}: a run that has not finished. Go on with it: afds fit --resume {spec}"
     if (spec.strip() and Path(spec).expanduser().exists()) or Path(spec).suffix in WEIGHT_FILES:
         return f"--source {spec}: say which network the weights belong to, as in `--source resnet50:{spec}`."
     near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=3, cutoff=0.5)

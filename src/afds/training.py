@@ -79,9 +79,11 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
             mixed = None if other is None else (y_B[other[0]], other[1])
             losses = wrapped(views[-1], y_B, state.teach(views[0], fabric), mixed)
             if not torch.isfinite(losses["loss"]):
+                recovers = plan.descent is not None and plan.descent.settles
+                option = "--recovery.lr" if recovers else "--optim.lr"
                 raise TrainingError(
-                    f"The loss is {float(losses['loss'])} at step {step} (epoch {epoch + 1}). "
-                    f"The last checkpoint is intact: try again with a lower --optim.lr than {c.optim.lr}."
+                    f"The loss is {float(losses['loss'].detach())} at step {step} (epoch {epoch + 1}). "
+                    f"Start again, in a new folder, with a lower {option} than {c.optim.lr:g}."
                 )
             fabric.backward(losses["loss"])
             if c.optim.clip > 0:

@@ -32,7 +32,7 @@ from afds.compare.rows import Row
 from afds.config import FitConfig, resolve_method, to_json
 from afds.data import make_splits, scan
 from afds.errors import AfdsError, ConfigError, RunFolderError, TrainingError
-from afds.files import alone_in, check_place, is_empty, read_json, write_atomic, write_json
+from afds.files import alone_in, check_beside, check_place, is_empty, read_json, write_atomic, write_json
 from afds.fitting import fit, read_photos, read_result
 from afds.hardware import make_fabric, resolve_device, resolve_precision
 from afds.lineage import check_unseen
@@ -168,6 +168,7 @@ def check_folder(c: CompareConfig) -> None:
         RunFolderError: it names the first difference.
     """
     check_place(c.out)
+    check_beside(c.out, *c.data)
     path = c.out / "compare.json"
     if not path.exists():
         if c.out.exists() and not is_empty(c.out):

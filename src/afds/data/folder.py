@@ -96,26 +96,28 @@ def _files_below(folder: str | Path, above: frozenset[str] = frozenset()) -> Ite
     for entry in visible:
         if entry.is_dir():
             yield from _files_below(entry.path, above | {here})
-        elif entry.is_file():
+        elif entry.is_file() or entry.is_symlink():  # a link to nothing is named by who reads it
             yield Path(entry.path)
 
 
-def scan(root: Path | str) -> Folder:
+def scan(root: Path | str, *, least: int = 2) -> Folder:
     """List the images under `root` with their classes and splits.
+
+    least: how many classes there have to be; 1 where nothing is learned from them.
 
     Reads directories only, so 100,000 files take about a second. Raises DataError, naming the place and the
     way out, for: a missing path, a file or an archive in place of a folder, images without class folders,
-    one level of folders too many, an empty class folder, a single class, no image at all, a class that
+    one level of folders too many, an empty class folder, too few classes, no image at all, a class that
     ``val`` or ``test`` has and ``train`` has not.
     """
-    return _Scanner(Path(root).expanduser()).scan()
+    return _Scanner(Path(root).expanduser(), least).scan()
 
 
 class _Scanner:
     """One scan: holds what is gathered on the way (warnings, the count of ignored files)."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, least: int) -> None:
+        self.root, self.least = root, least
         self.extensions = image_extensions()
         self.ignored = 0
         self.warnings: list[str] = []
@@ -129,7 +131,7 @@ class _Scanner:
         else:
             classes, items = self._read_classes(self.root, top, None)
             splits = {"all": items}
-        if len(classes) == 1:
+        if len(classes) < self.least:
             where = split_folders["train"] if split_folders else self.root
             raise DataError(
                 f"{where}: only one class ({classes[0]!r}), and telling classes apart needs two or more. "
