@@ -231,7 +231,7 @@ def test_inspect_refuses(tmp_path: Path, photos: Path, capsys: pytest.CaptureFix
     write_run(dense, selection=None)
     write_run(run, selection=SelectionConfig())
     for arguments, message in (
-        ([str(dense), "--data", str(photos)], "is a dense network"),
+        ([str(dense), "--data", str(photos)], "carries no selection"),
         ([str(run), "--data", str(tmp_path / "nowhere")], "no such folder"),
         ([str(run), "--data", str(photos), "--images", "1"], "--images must be from 2"),
         ([str(tmp_path / "no-run")], "no-run"),
