@@ -201,14 +201,16 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
     const int width = c.in / c.groups;
     const size_t lines = size_t(c.out) * c.taps;
     c.columns = (width + 1) / 2 * 2;
-    set_lanes(c);
-    if (!(c.streams.size() && alone)) {
+    set_amx(c);
+    if (!c.amx.weight) set_lanes(c);
+    const void *packed = c.amx.weight ? static_cast<const void *>(c.amx.weight) : c.streams.data();
+    if (!(packed && alone)) {
       auto *kept = reinterpret_cast<uint16_t *>(arena_.take((lines * c.columns + 1) / 2));
       for (size_t i = 0; i < lines; ++i)
         std::memcpy(kept + i * c.columns, c.halves + i * width, sizeof(uint16_t) * width);
       c.halves = kept;
     } else {
-      c.halves = reinterpret_cast<const uint16_t *>(c.streams.data());
+      c.halves = static_cast<const uint16_t *>(packed);  // not read as rows
     }
     const size_t most = size_t(kMaxRows) * c.taps * odd_lines(c.columns / 2) * 2;
     if (!pairs_->words) wide_ = std::max(wide_, most + kRound);

@@ -311,7 +311,10 @@ void Engine::tiles(const Run &run, const Conv &c) const {
   const Layout &out = layout(c.y);
   const bool pool = values_[c.y].pooled;
   const int lanes = table_.lanes;
-  if (c.streams.size() && ws.n_rows == c.out && ws.active[c.x].n == c.in) return channel_tiles(run, c);
+  if (ws.n_rows == c.out && ws.active[c.x].n == c.in) {
+    if (c.amx.weight) return amx_tiles(run, c);
+    if (c.streams.size()) return channel_tiles(run, c);
+  }
   // How the work is shared: pixels, rows or groups are cut, whatever leaves the longest share shortest.
   const int vecs = ((out.height - 1) * out.pitch + out.width + lanes - 1) / lanes;
   enum { kWhole, kPixels, kRows, kGroups } cut = kWhole;

@@ -6,12 +6,31 @@
 
 #include "memory.h"
 
+#if defined(AFDS_AMX)
+#include <cpuid.h>
+#endif
+
 namespace afds {
 
 namespace {
 
 #if defined(__x86_64__) || defined(_M_X64)
 bool has_dot() { return __builtin_cpu_supports("avx512bf16"); }
+bool has_amx() {
+#if defined(AFDS_AMX)
+  static const bool granted = [] {
+    constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24, kState = 3u << 17;
+    unsigned a, b, c, d;
+    if (!has_dot() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTiles)) return false;
+    unsigned low, high;  // what the operating system saves: avx512_bf16 says that this may be asked
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & kState) == kState && request_amx();
+  }();
+  return granted;
+#else
+  return false;
+#endif
+}
 bool has_pick() { return __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt"); }
 #endif
 
@@ -39,12 +58,20 @@ double time_tile(TileFn tile) {
 
 }  // namespace
 
+const AmxTable *choose_amx(const std::string &isa) {
+#if defined(AFDS_AMX)
+  if ((isa == "auto" || isa == kAmx.name) && has_amx()) return &kAmx;
+#endif
+  (void)isa;
+  return nullptr;
+}
+
 const PairTable &choose_pairs(const std::string &isa, const Table &table) {
 #if defined(__x86_64__) || defined(_M_X64)
   if (isa == kPairsDot.name) return kPairsDot;
   if (&table == &kTableAvx512) {
     // Some CPUs do 32 products an instruction in half the time of 16 in float32, others in four times as much.
-    if (isa == "auto" && has_dot() &&
+    if ((isa == "auto" || choose_amx(isa)) && has_dot() &&
         time_tile(kPairsDot.tile[kPlain][6][4]) < time_tile(kPairsAvx512.tile[kPlain][6][4]))
       return kPairsDot;
     return kPairsAvx512;
@@ -68,6 +95,9 @@ std::vector<std::string> usable_tables(bool bf16) {
   std::vector<std::string> names;
 #if defined(__x86_64__) || defined(_M_X64)
   __builtin_cpu_init();
+#if defined(AFDS_AMX)
+  if (bf16 && has_amx()) names.push_back(kAmx.name);
+#endif
   if (bf16 && has_dot()) names.push_back(kPairsDot.name);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
@@ -83,7 +113,7 @@ const Table &choose_table(const std::string &isa, bool bf16) {
   const std::string name = isa == "auto" ? usable_tables(false).front() : isa;
   if (std::find(usable.begin(), usable.end(), name) != usable.end()) {
 #if defined(__x86_64__) || defined(_M_X64)
-    if (name == kTableAvx512.name || name == kPairsDot.name) return kTableAvx512;
+    if (name == kTableAvx512.name || name == kPairsDot.name || choose_amx(name)) return kTableAvx512;
     if (name == kTableAvx2.name) return kTableAvx2;
 #endif
     return kTableBase;

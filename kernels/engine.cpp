@@ -24,6 +24,7 @@ static int64_t this_process() {
 Engine::Engine(int threads, const std::string &isa, bool bf16)
     : table_(choose_table(isa, bf16)),
       pairs_(bf16 ? &choose_pairs(isa, table_) : nullptr),
+      amx_(bf16 ? choose_amx(isa) : nullptr),
       threads_(threads),
       crew_(new Crew(threads)) {}
 
@@ -82,6 +83,8 @@ std::unique_ptr<Workspace> Engine::make_workspace() const {
     p.picked.assign(picked_, 0);
     p.wide = Floats(wide_);
     p.transposed = Floats(transposed_);
+    p.panel = Floats(panel_);
+    if (amx_) p.pair.assign((widest_ + 1) / 2, nullptr);
   }
   ws->macs.assign(ops_.size(), 0);
   ws->seconds.assign(ops_.size() * kParts, 0.0);

@@ -87,6 +87,14 @@ struct Block {
   int pixels;  // at most, of one tile
 };
 
+struct Amx {  // how a convolution is multiplied on AMX; see amx.cpp
+  const uint16_t *weight = nullptr;  // [tile][block][rows][2 kAmxDepth], or null: it is not
+  int rows = 0, tiles = 0, depth = 0, blocks = 0;
+  bool panel = false;
+  int group = 0;               // vectors of pixels that are in the panel at a time
+  std::vector<int32_t> block;  // words to a block's first pair
+};
+
 struct Conv {
   std::string name;
   int x = 0, y = 0, res = -1;  // values
@@ -114,6 +122,7 @@ struct Conv {
   std::vector<Block> blocks;
   Floats streams;
   std::vector<int32_t> at;  // [pixel] its place in a plane
+  Amx amx;
   Floats all_scale;                         // where all rows are computed and none is predicted; the shift is `bias`
 };
 
@@ -187,6 +196,8 @@ struct Workspace {
     Floats line;                   // one plane on its way between floats and halves
     std::vector<uint16_t> picked;  // weights of active inputs of the rows of one tile
     Floats transposed;             // [pixel][channel] of a layer whose channels are lanes
+    std::vector<uint32_t *> pair;  // planes that rows 2 i and 2 i + 1 share
+    Floats panel;                  // pixels of all steps, for AMX
     Floats wide;                   // all weights of these rows as floats, for products that do not read pairs
   };
   std::vector<Pointers> pointers;
@@ -267,7 +278,7 @@ class Engine {
   int height() const;
   int width() const;
   int threads() const { return threads_; }
-  const char *isa() const { return pairs_ ? pairs_->name : table_.name; }
+  const char *isa() const { return amx_ ? amx_->name : pairs_ ? pairs_->name : table_.name; }
   size_t weight_bytes() const { return arena_.bytes(); }
   size_t workspace_bytes() const;
 
@@ -320,6 +331,8 @@ class Engine {
   void tiles(const Run &run, const Conv &c) const;
   int sum_slots() const { return threads_ == 1 ? 1 : std::max(threads_, kSlots); }
   void set_lanes(Conv &c);
+  void set_amx(Conv &c);
+  void amx_tiles(const Run &run, const Conv &c) const;
   void channel_tiles(const Run &run, const Conv &c) const;
   bool makes_weights(const Active &x) const;  // a few rows at a time, for each image
   int tap_words(const Conv &c, const Active &x) const;
@@ -340,6 +353,7 @@ class Engine {
 
   const Table &table_;
   const PairTable *const pairs_;  // or null
+  const AmxTable *const amx_;     // or null
   const int threads_;
   Arena arena_;
   std::atomic<Crew *> crew_;
@@ -357,7 +371,7 @@ class Engine {
   std::vector<bool> full_;      // by value: all channels are active in every image
   std::vector<int32_t> stream_[kMaxVecs + 1];  // by vectors of a block: where its steps are, 0, v * lanes, ...
   std::vector<uint32_t> ones_;                 // a mask of channels
-  size_t transposed_ = 0;
+  size_t transposed_ = 0, panel_ = 0;
   int input_ = -1, classes_ = 0;
   size_t staging_ = 0, picked_ = 0, wide_ = 0;
   int widest_ = 1, most_steps_ = 1, most_groups_ = 1, longest_ = kRound;

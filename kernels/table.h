@@ -90,6 +90,36 @@ struct PairTable {
   TileFn tile[kModes][kMaxRows + 1][kMaxVecs + 1];
 };
 
+// A product on AMX's registers, each a matrix: 16 rows of weights times 16 pixels, up to 32 input channels at once.
+constexpr int kAmxRows = 16, kAmxDepth = 16, kAmxVec = 16;  // rows; pairs of one block; pixels of one register
+
+struct AmxJob {
+  const uint16_t *a;    // [row tile][block][rows][2 kAmxDepth] weights, zero where a pair or a channel is not there
+  int rows;             // of a row tile: even, at most kAmxRows
+  int blocks, depth;    // of the sum; pairs of one block, at most kAmxDepth
+  const uint32_t *b;    // words of the first pixel of all
+  const int32_t *block; // [blocks] words from b to a block's first pair
+  int64_t pair, vec;    // words from one pair, and from one vector of pixels, to the next
+  int row_begin, row_end, vec_begin, vec_end;  // row tiles and vectors of this job
+  int vec_first;        // the vector of pixels that lies at b
+  int channels;         // of the layer: the last row tile may have fewer than `rows`
+  const float *scale, *shift;  // [channels]
+  float *const *out;           // [channels] pixel 0, or null
+  uint32_t *const *words;      // [channels / 2, rounded up] pixel 0 of their planes of pairs, or null
+  const float *const *res;     // [channels] or null
+  const Half *res_half;        // [channels] or null
+  const uint32_t *mask;
+  float *const *sum;           // [channels] or null
+  int act;
+};
+
+struct AmxTable {
+  const char *name;
+  // to[vec][step] = the kAmxVec words from `from + xoff[step] + vec * kAmxVec` on
+  void (*panel)(uint32_t *to, const uint32_t *from, const int32_t *xoff, int steps, int vecs);
+  void (*product)(const AmxJob &);
+};
+
 extern const Table kTableBase;
 extern const PairTable kPairsBase;
 #if defined(__x86_64__) || defined(_M_X64)
@@ -98,6 +128,10 @@ extern const Table kTableAvx512;
 extern const PairTable kPairsAvx2;
 extern const PairTable kPairsAvx512;
 extern const PairTable kPairsDot;  // vdpbf16ps
+#if defined(AFDS_AMX)
+extern const AmxTable kAmx;
+bool request_amx();  // of the operating system, once for the process: whether its registers may be used
+#endif
 // Of from[0..n), those whose bit is set in `on`, one after the other into `to`; writes up to 31 numbers more.
 void pick_vbmi2(uint16_t *to, const uint16_t *from, int n, const uint32_t *on);
 #endif
