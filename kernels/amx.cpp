@@ -6,7 +6,9 @@
 
 namespace afds {
 
-constexpr size_t kPanel = 512 << 10;  // bytes of a panel: it stays in the second cache while all rows pass by
+// A panel is as small as can be while all weights stay in the second cache, which they pass through for each; else as large as
+// stays there itself, while they come from farther away. In bytes.
+constexpr size_t kNearWeights = 1 << 20, kPanel = 512 << 10, kNearPanel = 24 << 10;
 constexpr int kVecsEach = 4;          // from so many a thread on, pixels are cut between threads, else rows
 
 static int amx_vecs(const Layout &out) { return ((out.height - 1) * out.pitch + out.width + kAmxVec - 1) / kAmxVec; }
@@ -22,7 +24,9 @@ void Engine::set_amx(Conv &c) {
   m.blocks = (steps + kAmxDepth - 1) / kAmxDepth;
   m.depth = (steps + m.blocks - 1) / m.blocks;
   m.panel = c.taps > 1 || c.tap[0].offset != 0;
-  const int vecs = amx_vecs(layout(c.y)), most = static_cast<int>(kPanel / (size_t(steps) * kAmxVec * sizeof(uint32_t)));
+  const int vecs = amx_vecs(layout(c.y)), weights = m.tiles * m.blocks * kAmxRows * kAmxDepth * 4;
+  const size_t size_of = weights > int(kNearWeights) ? kPanel : kNearPanel;
+  const int most = static_cast<int>(size_of / (size_t(steps) * kAmxVec * sizeof(uint32_t)));
   m.group = vecs < kVecsEach * threads_ ? vecs : std::min(vecs, std::max(2, most / 2 * 2));
   if (m.panel) panel_ = std::max(panel_, size_t(steps) * kAmxVec * m.group);
   const size_t size = size_t(m.tiles) * m.blocks * m.rows * 2 * kAmxDepth;
@@ -51,7 +55,7 @@ void Engine::amx_tiles(const Run &run, const Conv &c) const {
   const Layout &out = layout(c.y);
   const Value &y = values_[c.y];
   const Active *res = c.res >= 0 ? &ws.active[c.res] : nullptr;
-  const bool res_floats = res && values_[c.res].floats;
+  const bool res_floats = res && values_[c.res].floats, res_pairs = res && !res_floats && res->n == c.out;
   const int vecs = amx_vecs(out), steps = (c.in + 1) / 2 * c.taps;
   const bool by_px = run.n > 1 && vecs >= kVecsEach * run.n;
   int units = 1;
@@ -67,6 +71,7 @@ void Engine::amx_tiles(const Run &run, const Conv &c) const {
       if (y.floats) ptr.out[k] = plane(ws, c.y, k);
       if (k % 2 == 0 && y.pairing != Pairing::kNone) ptr.pair[k / 2] = words(ws, c.y, k / 2);
       if (res_floats) ptr.res[k] = res->on[k] ? plane(ws, c.res, k) : ws.zeros.data();
+      else if (res_pairs) ptr.res_pair[k / 2] = words(ws, c.res, k / 2);
       else if (res) ptr.res_half[k] = res->on[k] ? half(ws, c.res, k, k) : no_half;
       if (!y.pooled) continue;
       ptr.sum[k] = sum(ws, c.y, k, slot);
@@ -83,10 +88,12 @@ void Engine::amx_tiles(const Run &run, const Conv &c) const {
   job.out = y.floats ? ptr.out.data() : nullptr;
   job.words = y.pairing != Pairing::kNone ? ptr.pair.data() : nullptr;
   job.res = res_floats ? ptr.res.data() : nullptr;
-  job.res_half = res && !res_floats ? ptr.res_half.data() : nullptr;
+  job.res_half = res && !res_floats && !res_pairs ? ptr.res_half.data() : nullptr;
+  job.res_words = res_pairs ? ptr.res_pair.data() : nullptr;
   job.mask = buffers_[y.buffer].mask.data();
   job.sum = y.pooled ? ptr.sum.data() : nullptr;
   job.act = c.act;
+  amx_->configure(m.rows, m.depth);
   int built = -1;  // the first vector of what is in the panel
   for (int i = 0; i < run.n; ++i) {
     const int h = (run.t + i) % run.n;
@@ -107,6 +114,7 @@ void Engine::amx_tiles(const Run &run, const Conv &c) const {
       }
     }
   }
+  amx_->release();
 }
 
 }  // namespace afds

@@ -322,7 +322,12 @@ void Engine::add_pool(PoolOp p) {
   check(values_[check_value(p.x)].channels == values_[check_value(p.y)].channels, p.name + ": channels");
   const Layout &in = layout(p.x), &out = layout(p.y);
   check(values_[p.x].buffer != values_[p.y].buffer, p.name + ": cannot run in place");
-  check_floats(p.x, p.y, p.name);
+  if (of_pairs(p))
+    check(p.max && p.nonnegative && values_[p.x].pairing == Pairing::kNumbers && values_[p.y].pairing == Pairing::kNumbers &&
+              !values_[p.y].floats,
+          p.name + ": pairs that it cannot pool");
+  else
+    check_floats(p.x, p.y, p.name);
   check(p.kernel > 0 && p.stride > 0 && p.pad >= 0 && p.pad < p.kernel && p.kernel <= kMostSide && p.stride <= kMostSide,
         p.name + ": geometry");
   auto fits = [&](int64_t n_in, int64_t n_out) {
@@ -330,6 +335,7 @@ void Engine::add_pool(PoolOp p) {
     return n_out > 0 && last < n_in && last + p.kernel > 0;
   };
   check(fits(in.height, out.height) && fits(in.width, out.width), p.name + ": output size");
+  longest_ = std::max(longest_, out.width * p.stride + 2 * p.kernel + in.width);  // a row with what is around it
   names_.push_back(p.name);
   full_[p.y] = full_[p.x];
   ops_.push_back({Op::kPool, static_cast<int>(pools_.size())});

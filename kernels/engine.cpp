@@ -84,7 +84,8 @@ std::unique_ptr<Workspace> Engine::make_workspace() const {
     p.wide = Floats(wide_);
     p.transposed = Floats(transposed_);
     p.panel = Floats(panel_);
-    if (amx_) p.pair.assign((widest_ + 1) / 2, nullptr);
+    if (amx_)
+      for (auto *v : {&p.pair, &p.res_pair}) v->assign((widest_ + 1) / 2, nullptr);
   }
   ws->macs.assign(ops_.size(), 0);
   ws->seconds.assign(ops_.size() * kParts, 0.0);

@@ -130,6 +130,7 @@ struct PoolOp {
   std::string name;
   int x = 0, y = 0, kernel = 2, stride = 2, pad = 0;
   bool max = true, include_pad = true;
+  bool nonnegative = false;  // what it reads; then it may read and write pairs
 };
 
 struct MeanOp {  // y, one pixel, = mean of x
@@ -196,7 +197,7 @@ struct Workspace {
     Floats line;                   // one plane on its way between floats and halves
     std::vector<uint16_t> picked;  // weights of active inputs of the rows of one tile
     Floats transposed;             // [pixel][channel] of a layer whose channels are lanes
-    std::vector<uint32_t *> pair;  // planes that rows 2 i and 2 i + 1 share
+    std::vector<uint32_t *> pair, res_pair;  // planes that rows 2 i and 2 i + 1 share
     Floats panel;                  // pixels of all steps, for AMX
     Floats wide;                   // all weights of these rows as floats, for products that do not read pairs
   };
@@ -339,6 +340,8 @@ class Engine {
   void make_weights(const Run &run, const Conv &c, int row, int rows, const float **to) const;
   void finish(const Run &run, const Conv &c) const;
   void pool(const Run &run, const PoolOp &p, int op) const;
+  bool of_pairs(const PoolOp &p) const { return !values_[p.x].floats || !values_[p.y].floats; }
+  void pool_pairs(const Run &run, const PoolOp &p) const;
   void mean(const Run &run, const MeanOp &m, int op) const;
   void add(const Run &run, const AddOp &a, int op) const;
   void se(const Run &run, const SqueezeExcite &s, int op) const;

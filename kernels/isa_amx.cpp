@@ -31,70 +31,71 @@ void panel(uint32_t *to, const uint32_t *from, const int32_t *xoff, int steps, i
       store(reinterpret_cast<float *>(to), load(reinterpret_cast<const float *>(from + xoff[s])));
 }
 
-enum Residual { kNoResidual, kResidualFloats, kResidualHalves };
+enum Residual { kNoResidual, kResidualFloats, kResidualHalves, kResidualPairs };
 
-// Brings V registers of rows from `row` on, whose sums lie in `sums`, to where they belong.
+// Brings V registers of rows from `row` on, whose sums lie in `sums`, to where they belong. ACT: kNone, kRelu, or what j says.
+template <int V, int RESIDUAL, int ACT>
+void finish(const AmxJob &j, const float *sums, int row, int64_t at) {
+  const int end = row + j.rows < j.channels ? row + j.rows : j.channels, act = j.act;
+  const float *const scales = j.scale, *const shifts = j.shift;  // copies: what is stored might else be a field of j
+  float *const *const out = j.out, *const *const totals = j.sum;
+  uint32_t *const *const words = j.words;
+  const float *const *const res = j.res;
+  const Half *const res_half = j.res_half;
+  const uint32_t *const *const res_words = j.res_words;
+  const vf zero = set1(0.0f);
+  vf mask[V];
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) mask[v] = load(reinterpret_cast<const float *>(j.mask + at + v * kAmxVec));
+  auto one_row = [&](vf (&part)[V], const float *sum, int k, bool upper) __attribute__((always_inline)) {
+    const vf scale = set1(scales[k]), shift = set1(shifts[k]);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      vf t = load(sum + v * kAmxRows * kAmxVec) * scale + shift;
+      if (RESIDUAL == kResidualFloats) t += load(res[k] + at + v * kAmxVec);
+      if (RESIDUAL == kResidualHalves) t += half_of(res_half[k].words + at + v * kAmxVec, 16 - res_half[k].shift);
+      if (RESIDUAL == kResidualPairs) t += half_of(res_words[k / 2] + at + v * kAmxVec, upper ? 0 : 16);
+      t = ACT == kNone ? t : ACT == kRelu ? vmax(zero, t) : apply(t, act);
+      part[v] = reinterpret_cast<vf>(reinterpret_cast<vi>(t) & reinterpret_cast<vi>(mask[v]));
+      if (out) store(out[k] + at + v * kAmxVec, part[v]);
+    }
+    if (totals) add_sum(totals[k], V == 1 ? part[0] : part[0] + part[V - 1]);
+  };
+  for (; row + 1 < end; row += 2, sums += 2 * kAmxVec) {
+    vf lower[V], upper[V];
+    one_row(lower, sums, row, false);
+    one_row(upper, sums + kAmxVec, row + 1, true);
+    if (!words) continue;
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) store_pair(words[row / 2] + at + v * kAmxVec, lower[v], upper[v]);
+  }
+  if (row < end) {  // the last channel of an odd number
+    vf lower[V];
+    one_row(lower, sums, row, false);
+    for (int v = 0; v < V && words; ++v) store_pair(words[row / 2] + at + v * kAmxVec, lower[v], zero);
+  }
+}
+
 template <int V, int RESIDUAL>
 void finish(const AmxJob &j, const float *sums, int row, int64_t at) {
-  const int end = row + j.rows < j.channels ? row + j.rows : j.channels;
-  const vf zero = set1(0.0f);
-  for (; row < end; row += 2, sums += 2 * kAmxVec) {
-    const int rows = end - row < 2 ? 1 : 2;
-    vf part[2][V];
-#pragma GCC unroll 2
-    for (int r = 0; r < 2; ++r) {
-      if (r == rows) {
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) part[r][v] = zero;
-        break;
-      }
-      const vf scale = set1(j.scale[row + r]), shift = set1(j.shift[row + r]);
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v)
-        part[r][v] = load(sums + v * kAmxRows * kAmxVec + r * kAmxVec) * scale + shift;
-      if (RESIDUAL == kResidualFloats) {
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) part[r][v] += load(j.res[row + r] + at + v * kAmxVec);
-      }
-      if (RESIDUAL == kResidualHalves) {
-        const Half &res = j.res_half[row + r];
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) part[r][v] += half_of(res.words + at + v * kAmxVec, 16 - res.shift);
-      }
-      if (j.act == kRelu) {
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) part[r][v] = vmax(zero, part[r][v]);
-      } else if (j.act != kNone) {
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) part[r][v] = apply(part[r][v], j.act);
-      }
-      vf total = zero;
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) {
-        part[r][v] = masked(part[r][v], j.mask + at + v * kAmxVec);
-        total += part[r][v];
-        if (j.out) store(j.out[row + r] + at + v * kAmxVec, part[r][v]);
-      }
-      if (j.sum) add_sum(j.sum[row + r], total);
-    }
-    if (j.words) {
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) store_pair(j.words[row / 2] + at + v * kAmxVec, part[0][v], part[1][v]);
-    }
-  }
+  if (j.act == kRelu) finish<V, RESIDUAL, kRelu>(j, sums, row, at);
+  else if (j.act == kNone) finish<V, RESIDUAL, kNone>(j, sums, row, at);
+  else finish<V, RESIDUAL, kRelu6>(j, sums, row, at);
 }
 
 template <int V>
 void finish(const AmxJob &j, const float *sums, int row, int64_t at) {
   if (j.res) finish<V, kResidualFloats>(j, sums, row, at);
+  else if (j.res_words) finish<V, kResidualPairs>(j, sums, row, at);
   else if (j.res_half) finish<V, kResidualHalves>(j, sums, row, at);
   else finish<V, kNoResidual>(j, sums, row, at);
 }
 
-// R row tiles by V vectors of pixels.
+constexpr int kSums = kAmxRows * kAmxVec;  // of one register
+
+// The sums of R row tiles by V vectors of pixels, to `sums` [R][V][kSums].
 template <int R, int V>
-void block(const AmxJob &j, int tile, int vec) {
-  alignas(64) float sums[R][V][kAmxRows * kAmxVec];
+void multiply(const AmxJob &j, int tile, int vec, float *sums) {
   const int64_t tile_halves = int64_t(j.rows) * 2 * kAmxDepth, of_tile = tile_halves * j.blocks;
   const uint16_t *a = j.a + tile * of_tile;
   const uint32_t *b = j.b + (vec - j.vec_first) * j.vec;
@@ -119,31 +120,69 @@ void block(const AmxJob &j, int tile, int vec) {
       if (R > 1) _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, sums[0][0], kOut);
-  if (V > 1) _tile_stored(1, sums[0][V - 1], kOut);
-  if (R > 1) _tile_stored(2, sums[R - 1][0], kOut);
-  if (R > 1 && V > 1) _tile_stored(3, sums[R - 1][V - 1], kOut);
-  for (int r = 0; r < R; ++r) finish<V>(j, sums[r][0], (tile + r) * j.rows, int64_t(vec) * kAmxVec);
+  _tile_stored(0, sums, kOut);
+  if (V > 1) _tile_stored(1, sums + kSums, kOut);
+  if (R > 1) _tile_stored(2, sums + V * kSums, kOut);
+  if (R > 1 && V > 1) _tile_stored(3, sums + 3 * kSums, kOut);
 }
 
-void product(const AmxJob &j) {
-  Config config;
-  for (int i = 0; i < 4; ++i) config.rows[i] = uint8_t(j.rows), config.bytes[i] = kAmxVec * 4;
-  for (int i = 4; i < 6; ++i) config.rows[i] = uint8_t(j.rows), config.bytes[i] = uint16_t(j.depth * 4);
-  for (int i = 6; i < 8; ++i) config.rows[i] = uint8_t(j.depth), config.bytes[i] = kAmxVec * 4;
-  _tile_loadconfig(&config);
-  for (int tile = j.row_begin; tile < j.row_end; tile += 2) {
-    const bool two = tile + 1 < j.row_end;
-    int vec = j.vec_begin;
-    for (; vec + 1 < j.vec_end; vec += 2) two ? block<2, 2>(j, tile, vec) : block<1, 2>(j, tile, vec);
-    if (vec < j.vec_end) two ? block<2, 1>(j, tile, vec) : block<1, 1>(j, tile, vec);
+struct Block {
+  int rows = 0, vecs = 0, tile, vec;  // rows, vecs: registers; none yet where rows is 0
+};
+
+void multiply(const AmxJob &j, const Block &b, float *sums) {
+  if (b.rows == 2) b.vecs == 2 ? multiply<2, 2>(j, b.tile, b.vec, sums) : multiply<2, 1>(j, b.tile, b.vec, sums);
+  else b.vecs == 2 ? multiply<1, 2>(j, b.tile, b.vec, sums) : multiply<1, 1>(j, b.tile, b.vec, sums);
+}
+
+void finish(const AmxJob &j, const Block &b, const float *sums) {
+  for (int r = 0; r < b.rows; ++r, sums += b.vecs * kSums) {
+    const int row = (b.tile + r) * j.rows;
+    const int64_t at = int64_t(b.vec) * kAmxVec;
+    b.vecs == 2 ? finish<2>(j, sums, row, at) : finish<1>(j, sums, row, at);
   }
-  _tile_release();
+}
+
+// What `finish` will read and write.
+void fetch(const AmxJob &j, const Block &b) {
+  const int64_t at = int64_t(b.vec) * kAmxVec;
+  const int first = b.tile * j.rows, end = first + b.rows * j.rows < j.channels ? first + b.rows * j.rows : j.channels;
+  for (int k = first; k < end; k += 2)
+    for (int v = 0; v < b.vecs; ++v) {
+      if (j.words) __builtin_prefetch(j.words[k / 2] + at + v * kAmxVec, 1);
+      if (j.res_words) __builtin_prefetch(j.res_words[k / 2] + at + v * kAmxVec);
+    }
+}
+
+void configure(int rows, int depth) {
+  Config config;
+  for (int i = 0; i < 6; ++i) config.rows[i] = uint8_t(rows), config.bytes[i] = uint16_t(i < 4 ? kAmxVec * 4 : depth * 4);
+  for (int i = 6; i < 8; ++i) config.rows[i] = uint8_t(depth), config.bytes[i] = kAmxVec * 4;
+  asm volatile("ldtilecfg %0" ::"m"(config));  // GCC 12's own function does not say that it reads all of it
+}
+
+void release() { _tile_release(); }
+
+// One block's sums are brought out while the next one's are made: these are other units of the core.
+void product(const AmxJob &j) {
+  alignas(64) float sums[2][4 * kSums];
+  Block last;
+  int turn = 0;
+  for (int tile = j.row_begin; tile < j.row_end; tile += 2)
+    for (int vec = j.vec_begin; vec < j.vec_end; vec += 2) {
+      const Block next{j.row_end - tile < 2 ? 1 : 2, j.vec_end - vec < 2 ? 1 : 2, tile, vec};
+      fetch(j, next);
+      multiply(j, next, sums[turn]);
+      turn ^= 1;
+      if (last.rows) finish(j, last, sums[turn]);
+      last = next;
+    }
+  if (last.rows) finish(j, last, sums[turn ^ 1]);
 }
 
 }  // namespace
 
-extern const AmxTable kAmx = {"amx_bf16", panel, product};
+extern const AmxTable kAmx = {"amx_bf16", panel, configure, product, release};
 
 bool request_amx() {
 #if defined(__linux__)

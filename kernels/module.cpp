@@ -182,6 +182,7 @@ NB_MODULE(_kernels, m) {
              p.pad = get<int>(d, "pad");
              p.max = get<bool>(d, "max");
              p.include_pad = get<bool>(d, "include_pad");
+             p.nonnegative = get<bool>(d, "nonnegative");
              e.add_pool(std::move(p));
            })
       .def("add_gap",

@@ -15,6 +15,10 @@ void Engine::pool(const Run &run, const PoolOp &p, int op) const {
   const uint32_t *mask = buffers_[values_[p.y].buffer].mask.data();
   const bool sums = values_[p.y].pooled, halves = values_[p.y].pairing != Pairing::kNone;
   if (halves) run.wait();  // which pairs there are
+  if (of_pairs(p)) {
+    pool_pairs(run, p);
+    return watch.lap(kRest);
+  }
   constexpr int kWide = 1024;
   // The outputs [first, last) whose window's element d lies inside the map.
   auto inside = [&](int d, int n_in, int n_out) {
@@ -66,6 +70,36 @@ void Engine::pool(const Run &run, const PoolOp &p, int op) const {
     for (int i = mine.begin; i < mine.end; ++i) channel(i);
   });
   watch.lap(kRest);
+}
+
+// The largest of each window, both channels of a pair at once. Zeros around the map change nothing where no number is negative.
+void Engine::pool_pairs(const Run &run, const PoolOp &p) const {
+  Workspace &ws = run.ws;
+  const Active &a = ws.active[p.x];
+  const Layout &in = layout(p.x), &out = layout(p.y);
+  auto *line = reinterpret_cast<uint32_t *>(ws.pointers[run.t].line.data());
+  const int wide = in.width + p.pad + p.kernel + p.stride;
+  auto pool = [&](int pair) {
+    const uint32_t *from = words(ws, p.x, pair);
+    uint32_t *to = words(ws, p.y, pair);
+    for (int y = 0; y < out.height; ++y) {
+      const int first = y * p.stride - p.pad;
+      std::fill(line, line + wide, 0u);
+      for (int dy = std::max(first, 0); dy < std::min(first + p.kernel, in.height); ++dy)
+        table_.max_words(line + p.pad, from + dy * in.pitch, in.width, 1);
+      uint32_t *row = to + y * out.pitch;
+      std::fill(row, row + out.width, 0u);
+      for (int dx = 0; dx < p.kernel; ++dx) table_.max_words(row, line + dx, out.width, p.stride);
+    }
+    if (!values_[p.y].pooled) return;
+    float none[kSumLanes];
+    auto sum_of = [&](int c) { return c < values_[p.y].channels ? one_sum(ws, p.y, c) : none; };
+    table_.sum_words(sum_of(2 * pair), sum_of(2 * pair + 1), to, out.pixels);
+  };
+  run.parts([&](int part) {
+    const Share mine = share(a.n_pairs, part, run.n);
+    for (int i = mine.begin; i < mine.end; ++i) pool(a.pair[i]);
+  });
 }
 
 void Engine::mean(const Run &run, const MeanOp &m, int op) const {

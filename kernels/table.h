@@ -78,6 +78,10 @@ struct Table {
   void (*activate)(float *v, int n, int act);      // in place, any n
   // n floats, rounded to bf16, into halves of pairs; any n
   void (*halve)(Half to, const float *from, int n);
+  // Each half of dst[x] = the larger one of its own and that of src[x * stride], where none is negative; a NaN is the largest
+  void (*max_words)(uint32_t *dst, const uint32_t *src, int n, int stride);
+  // lower[], upper[] += sums of n words' halves; n: a multiple of kRound
+  void (*sum_words)(float *lower, float *upper, const uint32_t *from, int n);
 };
 
 // Products of pairs, accumulated in float32. Any instruction set can do them by two multiply-adds on the halves; then
@@ -108,6 +112,7 @@ struct AmxJob {
   uint32_t *const *words;      // [channels / 2, rounded up] pixel 0 of their planes of pairs, or null
   const float *const *res;     // [channels] or null
   const Half *res_half;        // [channels] or null
+  const uint32_t *const *res_words;  // [channels / 2, rounded up] in place of it: planes of pairs where all are active
   const uint32_t *mask;
   float *const *sum;           // [channels] or null
   int act;
@@ -117,7 +122,10 @@ struct AmxTable {
   const char *name;
   // to[vec][step] = the kAmxVec words from `from + xoff[step] + vec * kAmxVec` on
   void (*panel)(uint32_t *to, const uint32_t *from, const int32_t *xoff, int steps, int vecs);
+  // Of the calling thread, before products of such row tiles and blocks, and after them.
+  void (*configure)(int rows, int depth);
   void (*product)(const AmxJob &);
+  void (*release)();
 };
 
 extern const Table kTableBase;

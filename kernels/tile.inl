@@ -375,6 +375,44 @@ void halve(Half to, const float *from, int n) {
   }
 }
 
+// Bits of numbers that are not negative are ordered as they are. The sign goes: a zero or a NaN may have one.
+inline __attribute__((always_inline)) vu larger_halves(vu a, vu b) {
+  typedef int16_t vs __attribute__((vector_size(L * 4)));
+  const vs x = reinterpret_cast<vs>(a & 0x7fff7fffu), y = reinterpret_cast<vs>(b & 0x7fff7fffu);
+#if AFDS_LANES == 16
+  return (vu)_mm512_max_epi16((__m512i)x, (__m512i)y);
+#else
+  const vs first = x > y;
+  return reinterpret_cast<vu>((first & x) | (~first & y));
+#endif
+}
+
+void max_words(uint32_t *dst, const uint32_t *src, int n, int stride) {
+  int i = 0;
+  if (stride <= 2 && n >= L)
+    for (; i < n; i += L) {
+      if (i > n - L) i = n - L;  // some of them twice: it changes nothing
+      const float *from = reinterpret_cast<const float *>(src + i * stride);
+      vuu &to = *reinterpret_cast<vuu *>(dst + i);
+      to = larger_halves(to, reinterpret_cast<vu>(stride == 1 ? load(from) : evens(from)));
+    }
+  for (; i < n; ++i) {
+    const uint32_t a = dst[i] & 0x7fff7fffu, b = src[i * stride] & 0x7fff7fffu;
+    const uint32_t lower = (a & 0xffffu) > (b & 0xffffu) ? a : b, upper = (a >> 16) > (b >> 16) ? a : b;
+    dst[i] = (lower & 0xffffu) | (upper & 0xffff0000u);
+  }
+}
+
+void sum_words(float *lower, float *upper, const uint32_t *from, int n) {
+  vf low = set1(0.0f), up = set1(0.0f);
+  for (int i = 0; i < n; i += L) {
+    low += half_of(from + i, 16);
+    up += half_of(from + i, 0);
+  }
+  add_sum(lower, low);
+  add_sum(upper, up);
+}
+
 #endif  // AFDS_DOT
 
 }  // namespace
@@ -398,7 +436,7 @@ extern const PairTable AFDS_PAIRS = {AFDS_NAME, true, nullptr, AFDS_MODES(kPairs
 extern const PairTable AFDS_PAIRS = {AFDS_NAME, false, widen, AFDS_MODES(kPairs)};
 extern const Table AFDS_TABLE = {AFDS_NAME,  L,          AFDS_ACCUMULATORS, AFDS_MODES(kFloats),
                                  axpy<float>, axpy<uint16_t>, count_ge, score, stage, max3,
-                                 stride_max, stride_add, eltwise,           activate, halve};
+                                 stride_max, stride_add, eltwise,           activate, halve,    max_words, sum_words};
 #endif
 
 }  // namespace afds

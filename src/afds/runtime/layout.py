@@ -133,12 +133,14 @@ def _forms(program: Program, shared: dict[int, int]) -> tuple[list[bool], list[s
     """Of each feature whether it is kept in float32, and how its channels form bf16 pairs.
 
     Pairs of the active channels, whichever they are (`free`), are for what one convolution alone writes; groups, and
-    memory that several ops write in turn, need pairs of fixed channel numbers.
+    memory that several ops write in turn, need pairs of fixed channel numbers. The largest of a window is found in pairs
+    where nothing is negative and only convolutions read it.
     """
     floats, pairs = [False] * len(program.features), ["none"] * len(program.features)
     floats[program.input] = True
+    pools = [op for op in program.ops if op["kind"] == "pool" and op["max"] and op["nonnegative"]]
     for op in program.ops:
-        if op["kind"] == "linear":
+        if op["kind"] == "linear" or op in pools:
             continue
         if op["kind"] != "conv":
             for value in (*_reads(op), op["y"]):
@@ -154,6 +156,11 @@ def _forms(program: Program, shared: dict[int, int]) -> tuple[list[bool], list[s
             pairs[op["x"]] = max(pairs[op["x"]], "free" if op["groups"] == 1 else "numbers", key=PAIRS.index)
         else:
             floats[op["x"]] = True
+    for op in reversed(pools):
+        if floats[op["y"]] or pairs[op["y"]] == "none" or op["x"] == program.input:
+            floats[op["x"]] = floats[op["y"]] = True
+        else:
+            pairs[op["x"]] = "numbers"
     for op in reversed(program.ops):
         if op["kind"] == "linear" or pairs[op["y"]] == "none" or (op["kind"] == "conv" and op["residual"] < 0):
             continue

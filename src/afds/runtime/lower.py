@@ -382,7 +382,7 @@ class _Lowering:
         y = self._feature(of.channels, height, width, of.nonnegative)
         include = bool(getattr(module, "count_include_pad", False))
         self._emit("pool", str(node.target), x=x, y=y, kernel=kernel, stride=stride, pad=pad, max=is_max,
-                   include_pad=include)  # fmt: skip
+                   include_pad=include, nonnegative=of.nonnegative)  # fmt: skip
         self.env[node] = y
 
     def _squeeze(self, node: fx.Node, value: Pooled | Squeeze, conv: nn.Conv2d) -> None:
