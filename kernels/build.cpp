@@ -52,7 +52,8 @@ int Engine::add_value(const Value &v) {
 }
 
 void Engine::set_input(int value) {
-  check(values_[check_value(value)].floats, "an input that is not in float32");
+  const Value &v = values_[check_value(value)];
+  check(v.floats || v.pairing == Pairing::kNumbers, "an input neither in float32 nor in pairs of fixed channels");
   input_ = value;
   full_[value] = true;
 }

@@ -203,6 +203,7 @@ void Engine::load(const Run &run, const float *x) const {
     set_all(run.ws, input_);
   }
   run.wait();  // which pairs there are
+  if (!values_[input_].floats) return load_pairs(run, x);
   run.parts([&](int part) {
     const Share mine = share(l.height, part, run.n);
     for (int c = 0; c < n; ++c) {
@@ -227,6 +228,27 @@ void Engine::load(const Run &run, const float *x) const {
         const int first = mine.begin * l.pitch;
         to.words += first;
         table_.halve(to, plane(run.ws, input_, c) + first, (mine.size() - 1) * l.pitch + l.width);
+      }
+    }
+  });
+}
+
+// Of an image that only products of pairs read.
+void Engine::load_pairs(const Run &run, const float *x) const {
+  const Layout &l = layout(input_);
+  const int n = values_[input_].channels;
+  run.parts([&](int part) {
+    const Share mine = share(l.height, part, run.n);
+    for (int c = 0; c < n; c += 2) {
+      float sums[2 * kSumLanes] = {};
+      for (int y = mine.begin; y < mine.end; ++y) {
+        const float *lower = x + (size_t(c) * l.height + y) * l.width;
+        const float *upper = c + 1 < n ? lower + size_t(l.height) * l.width : nullptr;
+        table_.pair_rows(words(run.ws, input_, c / 2) + y * l.pitch, lower, upper, l.width, sums);
+      }
+      for (int k = c; k < std::min(c + 2, n); ++k) {
+        if (part == 0) slots(run.ws, input_, k) = run.n;
+        std::copy(sums + (k - c) * kSumLanes, sums + (k - c + 1) * kSumLanes, sum(run.ws, input_, k, part));
       }
     }
   });

@@ -323,6 +323,7 @@ class Engine {
   int64_t steps(int batch) const { return int64_t(batch) * (ops() + 1); }
   void step(const Run &run, int64_t step, const float *x, float *out, int64_t *macs) const;  // of the images
   void load(const Run &run, const float *x) const;
+  void load_pairs(const Run &run, const float *x) const;
   void conv(const Run &run, const Conv &c, int op) const;
   void predict(const Run &run, const Conv &c) const;
   void choose(const Run &run, const Conv &c, int op) const;

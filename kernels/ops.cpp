@@ -73,16 +73,19 @@ void Engine::pool(const Run &run, const PoolOp &p, int op) const {
 }
 
 // The largest of each window, both channels of a pair at once. Zeros around the map change nothing where no number is negative.
+// Each thread makes some rows of all channels: it has most of what they read in its own cache.
 void Engine::pool_pairs(const Run &run, const PoolOp &p) const {
   Workspace &ws = run.ws;
   const Active &a = ws.active[p.x];
   const Layout &in = layout(p.x), &out = layout(p.y);
+  const bool sums = values_[p.y].pooled;
   auto *line = reinterpret_cast<uint32_t *>(ws.pointers[run.t].line.data());
   const int wide = in.width + p.pad + p.kernel + p.stride;
-  auto pool = [&](int pair) {
+  auto pool = [&](int pair, int part) {
+    const Share rows = share(out.height, part, run.n);
     const uint32_t *from = words(ws, p.x, pair);
     uint32_t *to = words(ws, p.y, pair);
-    for (int y = 0; y < out.height; ++y) {
+    for (int y = rows.begin; y < rows.end; ++y) {
       const int first = y * p.stride - p.pad;
       std::fill(line, line + wide, 0u);
       for (int dy = std::max(first, 0); dy < std::min(first + p.kernel, in.height); ++dy)
@@ -91,14 +94,20 @@ void Engine::pool_pairs(const Run &run, const PoolOp &p) const {
       std::fill(row, row + out.width, 0u);
       for (int dx = 0; dx < p.kernel; ++dx) table_.max_words(row, line + dx, out.width, p.stride);
     }
-    if (!values_[p.y].pooled) return;
-    float none[kSumLanes];
-    auto sum_of = [&](int c) { return c < values_[p.y].channels ? one_sum(ws, p.y, c) : none; };
-    table_.sum_words(sum_of(2 * pair), sum_of(2 * pair + 1), to, out.pixels);
+    if (!sums) return;
+    float none[kSumLanes] = {};
+    auto sum_of = [&](int c) {
+      if (c >= values_[p.y].channels) return none;
+      if (part == 0) slots(ws, p.y, c) = run.n;
+      float *s = sum(ws, p.y, c, part);
+      std::fill(s, s + kSumLanes, 0.0f);
+      return s;
+    };
+    float *lower = sum_of(2 * pair), *upper = sum_of(2 * pair + 1);
+    table_.sum_words(lower, upper, to + rows.begin * out.pitch, rows.size() ? (rows.size() - 1) * out.pitch + out.width : 0);
   };
   run.parts([&](int part) {
-    const Share mine = share(a.n_pairs, part, run.n);
-    for (int i = mine.begin; i < mine.end; ++i) pool(a.pair[i]);
+    for (int i = 0; i < a.n_pairs; ++i) pool(a.pair[i], part);
   });
 }
 

@@ -80,8 +80,10 @@ struct Table {
   void (*halve)(Half to, const float *from, int n);
   // Each half of dst[x] = the larger one of its own and that of src[x * stride], where none is negative; a NaN is the largest
   void (*max_words)(uint32_t *dst, const uint32_t *src, int n, int stride);
-  // lower[], upper[] += sums of n words' halves; n: a multiple of kRound
+  // lower[], upper[] += sums of n words' halves; any n
   void (*sum_words)(float *lower, float *upper, const uint32_t *from, int n);
+  // to[i] = (lower[i], upper[i]) rounded to bf16; upper may be null: zeros; any n. sums: [2][kSumLanes], += those of n floats
+  void (*pair_rows)(uint32_t *to, const float *lower, const float *upper, int n, float *sums);
 };
 
 // Products of pairs, accumulated in float32. Any instruction set can do them by two multiply-adds on the halves; then

@@ -405,12 +405,39 @@ void max_words(uint32_t *dst, const uint32_t *src, int n, int stride) {
 
 void sum_words(float *lower, float *upper, const uint32_t *from, int n) {
   vf low = set1(0.0f), up = set1(0.0f);
-  for (int i = 0; i < n; i += L) {
+  int i = 0;
+  for (; i + L <= n; i += L) {
     low += half_of(from + i, 16);
     up += half_of(from + i, 0);
   }
+  for (; i < n; ++i) {
+    lower[0] += one(uint16_t(from[i]));
+    upper[0] += one(uint16_t(from[i] >> 16));
+  }
   add_sum(lower, low);
   add_sum(upper, up);
+}
+
+void pair_rows(uint32_t *to, const float *lower, const float *upper, int n, float *sums) {
+  vf low = set1(0.0f), up = set1(0.0f);
+  int i = 0;
+  for (; i + L <= n; i += L) {
+    const vf a = load(lower + i), b = upper ? load(upper + i) : set1(0.0f);
+    store_pair(to + i, a, b);
+    low += a;
+    up += b;
+  }
+  if (i < n) {  // the rest, with zeros behind it
+    float a[L] = {}, b[L] = {};
+    uint32_t pairs[L];
+    for (int j = 0; j < n - i; ++j) a[j] = lower[i + j], b[j] = upper ? upper[i + j] : 0.0f;
+    store_pair(pairs, load(a), load(b));
+    for (int j = 0; j < n - i; ++j) to[i + j] = pairs[j];
+    low += load(a);
+    up += load(b);
+  }
+  add_sum(sums, low);
+  add_sum(sums + kSumLanes, up);
 }
 
 #endif  // AFDS_DOT
@@ -436,7 +463,7 @@ extern const PairTable AFDS_PAIRS = {AFDS_NAME, true, nullptr, AFDS_MODES(kPairs
 extern const PairTable AFDS_PAIRS = {AFDS_NAME, false, widen, AFDS_MODES(kPairs)};
 extern const Table AFDS_TABLE = {AFDS_NAME,  L,          AFDS_ACCUMULATORS, AFDS_MODES(kFloats),
                                  axpy<float>, axpy<uint16_t>, count_ge, score, stage, max3,
-                                 stride_max, stride_add, eltwise,           activate, halve,    max_words, sum_words};
+                                 stride_max, stride_add, eltwise,           activate, halve,    max_words, sum_words, pair_rows};
 #endif
 
 }  // namespace afds

@@ -210,7 +210,7 @@ def test_wrong_arguments_are_named(tiny_resnet: nn.Module) -> None:
     with pytest.raises(ConfigError, match="avx512_bf16"):
         runtime.compile(tiny_resnet, input_size=40, isa="avx512_bf16")  # of bf16 only
     plan = runtime.make_plan(tiny_resnet, 40, "bf16")
-    plan.values[plan.input]["pairs"] = "none"
+    plan.values[plan.input] |= {"pairs": "none", "floats": True}
     with pytest.raises(ConfigError, match="pairs"):
         runtime.Executor(plan)
 

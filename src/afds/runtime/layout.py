@@ -137,7 +137,6 @@ def _forms(program: Program, shared: dict[int, int]) -> tuple[list[bool], list[s
     where nothing is negative and only convolutions read it.
     """
     floats, pairs = [False] * len(program.features), ["none"] * len(program.features)
-    floats[program.input] = True
     pools = [op for op in program.ops if op["kind"] == "pool" and op["max"] and op["nonnegative"]]
     for op in program.ops:
         if op["kind"] == "linear" or op in pools:
