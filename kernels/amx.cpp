@@ -55,7 +55,7 @@ void Engine::amx_tiles(const Run &run, const Conv &c) const {
   const Layout &out = layout(c.y);
   const Value &y = values_[c.y];
   const Active *res = c.res >= 0 ? &ws.active[c.res] : nullptr;
-  const bool res_floats = res && values_[c.res].floats, res_pairs = res && !res_floats && res->n == c.out;
+  const bool res_floats = res && values_[c.res].floats, res_pairs = res && !res_floats && (res->n == c.out || res->whole);
   const int vecs = amx_vecs(out), steps = (c.in + 1) / 2 * c.taps;
   const bool by_px = run.n > 1 && vecs >= kVecsEach * run.n;
   int units = 1;

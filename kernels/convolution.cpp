@@ -76,6 +76,8 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
   for (int t = 0; t < run.n; ++t) ws.claims[t].next.store(0, std::memory_order_relaxed);
   const Active &x = ws.active[c.x];
   Active &y = ws.active[c.y];
+  // All rows at once then, also those of channels that lose on this image: with a scale of zero.
+  ws.on_amx = c.amx.weight && (x.n == c.in || x.whole);
   int32_t *rows = ws.rows.data();
   int n = 0;
   int64_t extra = 0;  // MACs of predictor and scaling
@@ -138,6 +140,10 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
     }
     float *scale = ws.scale.data(), *shift = ws.shift.data();
     int64_t scaled = g.n_scaled;
+    if (n < c.out && ws.on_amx) {
+      std::fill(scale, scale + c.out, 0.0f);
+      std::fill(shift, shift + c.out, 0.0f);
+    }
     if (n == c.out) {  // in order, so the compiler can take several at a time
       const float *sign = g.sign.data(), *bias = c.bias.data(), *beta = c.beta.data();
       const uint8_t *is_scaled = g.scaled.data();
@@ -148,8 +154,9 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
       for (int i = 0; i < n; ++i) {
         const int k = rows[i];
         const float pi = g.scaled[k] ? q[k] * g.sign[k] : 1.0f;
-        scale[i] = pi;
-        shift[i] = c.bias[k] * pi + c.beta[k];
+        const int at = ws.on_amx ? k : i;
+        scale[at] = pi;
+        shift[at] = c.bias[k] * pi + c.beta[k];
         scaled += g.scaled[k];
       }
     }
@@ -160,7 +167,7 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
   if (c.rows == Rows::kFixed || c.rows == Rows::kFollow)
     for (int i = 0; i < n; ++i) ws.scale[i] = 1.0f, ws.shift[i] = c.bias[rows[i]];
   if (c.halves && c.rows != Rows::kAll)
-    for (int i = 0; i < n; ++i) ws.scale[i] *= c.factor[ws.row[i]];
+    for (int i = 0; i < n; ++i) ws.scale[ws.on_amx ? ws.row[i] : i] *= c.factor[ws.row[i]];
 
   const int64_t pairs = list_steps(ws, c, n);
   ws.macs[op] = pairs * layout(c.y).height * layout(c.y).width + extra;
@@ -172,6 +179,7 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
 
   // Active afterwards: the winners, and what the residual branch brings.
   ws.n_only = 0;
+  y.whole = ws.on_amx;
   if (n == c.out) return set_all(ws, c.y);
   if (c.res < 0) {
     std::fill(y.on.begin(), y.on.end(), 0);
@@ -191,6 +199,7 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
     ws.n_only += y.on[k] == 1;
   }
   for (int k = 0; k < c.out; ++k) y.on[k] = y.on[k] != 0;
+  if (ws.on_amx) ws.n_only = 0;
   set_pairs(ws, c.y);
 }
 
@@ -247,9 +256,11 @@ void Engine::stage(const Run &run, const Conv &c) const {
   const Layout &l = layout(c.x), &s = c.stage;
   const Active &x = run.ws.active[c.x];
   const int phases = static_cast<int>(c.phases.size());
+  const bool all = c.amx.weight && x.whole;  // pairs that are not active are read too
+  const int copies = all ? (c.in + 1) / 2 : c.halves ? x.n_pairs : x.n;
   auto copy = [&](int j) {
     const int i = j / phases, ph = c.phases[j % phases], dy = ph / c.stride, dx = ph % c.stride;
-    const float *from = c.halves ? reinterpret_cast<const float *>(words(run.ws, c.x, x.pair[i]))
+    const float *from = c.halves ? reinterpret_cast<const float *>(words(run.ws, c.x, all ? i : x.pair[i]))
                                  : plane(run.ws, c.x, x.list[i]);
     float *to = run.ws.staging.data() + size_t(j) * s.plane;
     std::fill(to, to + s.lead, 0.0f);
@@ -259,7 +270,7 @@ void Engine::stage(const Run &run, const Conv &c) const {
     std::fill(to + s.lead + height * s.pitch, to + s.plane, 0.0f);
   };
   run.parts([&](int part) {
-    const Share mine = share((c.halves ? x.n_pairs : x.n) * phases, part, run.n);
+    const Share mine = share(copies * phases, part, run.n);
     for (int j = mine.begin; j < mine.end; ++j) copy(j);
   });
 }
@@ -311,10 +322,8 @@ void Engine::tiles(const Run &run, const Conv &c) const {
   const Layout &out = layout(c.y);
   const bool pool = values_[c.y].pooled;
   const int lanes = table_.lanes;
-  if (ws.n_rows == c.out && ws.active[c.x].n == c.in) {
-    if (c.amx.weight) return amx_tiles(run, c);
-    if (c.streams.size()) return channel_tiles(run, c);
-  }
+  if (ws.on_amx) return amx_tiles(run, c);
+  if (c.streams.size() && ws.n_rows == c.out && ws.active[c.x].n == c.in) return channel_tiles(run, c);
   // How the work is shared: pixels, rows or groups are cut, whatever leaves the longest share shortest.
   const int vecs = ((out.height - 1) * out.pitch + out.width + lanes - 1) / lanes;
   enum { kWhole, kPixels, kRows, kGroups } cut = kWhole;

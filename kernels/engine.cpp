@@ -274,7 +274,7 @@ void Engine::set_pairs(Workspace &ws, int value) const {
   }
   // By the list every word is full, but weights have to be picked for each image.
   const int full = (a.n + 1) / 2;
-  a.by_list = v.pairing == Pairing::kFree && a.n_pairs * 8 > full * 9;
+  a.by_list = v.pairing == Pairing::kFree && !a.whole && a.n_pairs * 8 > full * 9;
   if (!a.by_list) return;
   a.n_pairs = full;
   for (int p = 0; p < full; ++p) a.pair[p] = p;
@@ -311,7 +311,7 @@ void Engine::copy_active(Workspace &ws, int from, int to) const {
   if (from == to) return;
   const Active &a = ws.active[from];
   Active &b = ws.active[to];
-  b.n = a.n;
+  b.n = a.n, b.whole = false;
   std::copy(a.list.begin(), a.list.begin() + a.n, b.list.begin());
   std::copy(a.on.begin(), a.on.end(), b.on.begin());
   set_pairs(ws, to);

@@ -167,6 +167,7 @@ struct Active {
   std::vector<int32_t> pair;  // numbers of the pairs that hold an active channel, sorted
   int n_pairs = 0;
   bool by_list = false;       // pair i: the active channels 2 i and 2 i + 1, not the channels of these numbers
+  bool whole = false;         // planes of channels that are not active hold zeros
 };
 
 enum Part { kPredictor, kSelect, kWait, kConvolve, kRest, kParts };
@@ -211,6 +212,7 @@ struct Workspace {
   std::chrono::steady_clock::time_point done;  // when thread 0 had done its part of the latest step
   std::vector<std::vector<int32_t>> chosen; // by op: the winners of the latest image, where they are recorded
   bool profile = false, record = false;
+  bool on_amx = false;  // the present convolution
 };
 
 // One thread's view of one image: member t of a team that cuts its work into n parts, however many it has.

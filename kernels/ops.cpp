@@ -158,7 +158,7 @@ void Engine::add(const Run &run, const AddOp &a, int op) const {
   if (run.t == 0) {
     Active &y = ws.active[a.y];
     std::fill(y.on.begin(), y.on.end(), 0);
-    y.n = ws.n_rows;
+    y.n = ws.n_rows, y.whole = false;
     for (int i = 0; i < y.n; ++i) y.list[i] = ws.rows[i], y.on[ws.rows[i]] = 1;
     set_pairs(ws, a.y);
   }
