@@ -172,9 +172,13 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
   const int64_t pairs = list_steps(ws, c, n);
   ws.macs[op] = pairs * layout(c.y).height * layout(c.y).width + extra;
   if (ws.record) ws.chosen[op].assign(ws.row, ws.row + n);
-  if (c.halves && x.by_list) {
+  const bool by_pair = chosen_on_amx(ws, c) && !x.by_list;  // then both halves of a pair are picked
+  if (c.halves && (x.by_list || by_pair)) {
     std::fill(ws.bits.begin(), ws.bits.end(), 0u);
-    for (int j = 0; j < x.n; ++j) ws.bits[x.list[j] / 32] |= 1u << (x.list[j] % 32);
+    for (int j = 0; j < (by_pair ? x.n_pairs : x.n); ++j) {
+      const int at = by_pair ? 2 * x.pair[j] : x.list[j];
+      ws.bits[at / 32] |= (by_pair ? 3u : 1u) << (at % 32);
+    }
   }
 
   // Active afterwards: the winners, and what the residual branch brings.
@@ -208,6 +212,15 @@ int64_t Engine::list_steps(Workspace &ws, const Conv &c, int n) const {
   const Active &x = ws.active[c.x];
   const int32_t *rows = ws.row;
   const int per_in = c.in / c.groups, per_out = c.out / c.groups;
+  if (chosen_on_amx(ws, c)) {  // by tap, then by pair, as their weights are picked
+    int32_t *to = ws.xoff.data();
+    ws.step_x = to;
+    const int plane = plane_of(c);
+    for (const Tap &t : c.tap)
+      for (int i = 0; i < x.n_pairs; ++i)
+        *to++ = (c.staged ? i : x.pair[i]) * plane + t.offset + (c.staged ? t.phase * c.stage.plane : 0);
+    return int64_t(x.n) * c.taps * n;
+  }
   if (x.n == c.in && n == c.out) {  // known from the start
     ws.step_x = c.all_xoff.data(), ws.step_w = c.all_woff.data();
     const int steps = c.halves ? c.columns / 2 * c.taps : per_in * c.taps;
@@ -322,7 +335,7 @@ void Engine::tiles(const Run &run, const Conv &c) const {
   const Layout &out = layout(c.y);
   const bool pool = values_[c.y].pooled;
   const int lanes = table_.lanes;
-  if (ws.on_amx) return amx_tiles(run, c);
+  if (ws.on_amx || chosen_on_amx(ws, c)) return amx_tiles(run, c);
   if (c.streams.size() && ws.n_rows == c.out && ws.active[c.x].n == c.in) return channel_tiles(run, c);
   // How the work is shared: pixels, rows or groups are cut, whatever leaves the longest share shortest.
   const int vecs = ((out.height - 1) * out.pitch + out.width + lanes - 1) / lanes;

@@ -16,12 +16,13 @@ namespace {
 
 #if defined(__x86_64__) || defined(_M_X64)
 bool has_dot() { return __builtin_cpu_supports("avx512bf16"); }
+bool has_pick() { return __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt"); }
 bool has_amx() {
 #if defined(AFDS_AMX)
   static const bool granted = [] {
     constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24, kState = 3u << 17;
     unsigned a, b, c, d;
-    if (!has_dot() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTiles)) return false;
+    if (!has_dot() || !has_pick() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTiles)) return false;
     unsigned low, high;  // what the operating system saves: avx512_bf16 says that this may be asked
     asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return (low & kState) == kState && request_amx();
@@ -31,7 +32,6 @@ bool has_amx() {
   return false;
 #endif
 }
-bool has_pick() { return __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("popcnt"); }
 #endif
 
 // Seconds of one middling tile, all of it in the first cache.

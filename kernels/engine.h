@@ -198,6 +198,7 @@ struct Workspace {
     Floats line;                   // one plane on its way between floats and halves
     std::vector<uint16_t> picked;  // weights of active inputs of the rows of one tile
     Floats transposed;             // [pixel][channel] of a layer whose channels are lanes
+    std::vector<int32_t> block;    // of a product on AMX whose inputs are chosen
     std::vector<uint32_t *> pair, res_pair;  // planes that rows 2 i and 2 i + 1 share
     Floats panel;                  // pixels of all steps, for AMX
     Floats wide;                   // all weights of these rows as floats, for products that do not read pairs
@@ -212,7 +213,8 @@ struct Workspace {
   std::chrono::steady_clock::time_point done;  // when thread 0 had done its part of the latest step
   std::vector<std::vector<int32_t>> chosen; // by op: the winners of the latest image, where they are recorded
   bool profile = false, record = false;
-  bool on_amx = false;  // the present convolution
+  bool on_amx = false;  // the present convolution, with all rows and inputs
+  std::vector<uint16_t> chosen_weights;  // where they are chosen
 };
 
 // One thread's view of one image: member t of a team that cuts its work into n parts, however many it has.
@@ -337,6 +339,8 @@ class Engine {
   void set_lanes(Conv &c);
   void set_amx(Conv &c);
   void amx_tiles(const Run &run, const Conv &c) const;
+  void pick_chosen(const Run &run, const Conv &c, int steps) const;
+  bool chosen_on_amx(const Workspace &ws, const Conv &c) const { return amx_ && c.halves && c.groups == 1 && !ws.on_amx; }
   void channel_tiles(const Run &run, const Conv &c) const;
   bool makes_weights(const Active &x) const;  // a few rows at a time, for each image
   int tap_words(const Conv &c, const Active &x) const;
@@ -377,7 +381,7 @@ class Engine {
   std::vector<bool> full_;      // by value: all channels are active in every image
   std::vector<int32_t> stream_[kMaxVecs + 1];  // by vectors of a block: where its steps are, 0, v * lanes, ...
   std::vector<uint32_t> ones_;                 // a mask of channels
-  size_t transposed_ = 0, panel_ = 0;
+  size_t transposed_ = 0, panel_ = 0, chosen_ = 0;
   int input_ = -1, classes_ = 0;
   size_t staging_ = 0, picked_ = 0, wide_ = 0;
   int widest_ = 1, most_steps_ = 1, most_groups_ = 1, longest_ = kRound;

@@ -25,10 +25,12 @@ struct Config {  // Intel's layout of a tile configuration
   uint8_t rows[16] = {};
 };
 
-void panel(uint32_t *to, const uint32_t *from, const int32_t *xoff, int steps, int vecs) {
-  for (int v = 0; v < vecs; ++v, from += kAmxVec)
+void panel(uint32_t *to, const uint32_t *from, const int32_t *xoff, int steps, int padded, int vecs) {
+  for (int v = 0; v < vecs; ++v, from += kAmxVec) {
     for (int s = 0; s < steps; ++s, to += kAmxVec)
       store(reinterpret_cast<float *>(to), load(reinterpret_cast<const float *>(from + xoff[s])));
+    for (int s = steps; s < padded; ++s, to += kAmxVec) store(reinterpret_cast<float *>(to), set1(0.0f));
+  }
 }
 
 enum Residual { kNoResidual, kResidualFloats, kResidualHalves, kResidualPairs };
@@ -40,6 +42,7 @@ void finish(const AmxJob &j, const float *sums, int row, int64_t at) {
   const float *const scales = j.scale, *const shifts = j.shift;  // copies: what is stored might else be a field of j
   float *const *const out = j.out, *const *const totals = j.sum;
   uint32_t *const *const words = j.words;
+  const Half *const halves = j.half;
   const float *const *const res = j.res;
   const Half *const res_half = j.res_half;
   const uint32_t *const *const res_words = j.res_words;
@@ -58,6 +61,7 @@ void finish(const AmxJob &j, const float *sums, int row, int64_t at) {
       t = ACT == kNone ? t : ACT == kRelu ? vmax(zero, t) : apply(t, act);
       part[v] = reinterpret_cast<vf>(reinterpret_cast<vi>(t) & reinterpret_cast<vi>(mask[v]));
       if (out) store(out[k] + at + v * kAmxVec, part[v]);
+      if (halves) store_half(halves[k].words + at + v * kAmxVec, part[v], halves[k].keep, halves[k].shift);
     }
     if (totals) add_sum(totals[k], V == 1 ? part[0] : part[0] + part[V - 1]);
   };
@@ -96,22 +100,21 @@ constexpr int kSums = kAmxRows * kAmxVec;  // of one register
 // The sums of R row tiles by V vectors of pixels, to `sums` [R][V][kSums].
 template <int R, int V>
 void multiply(const AmxJob &j, int tile, int vec, float *sums) {
-  const int64_t tile_halves = int64_t(j.rows) * 2 * kAmxDepth, of_tile = tile_halves * j.blocks;
-  const uint16_t *a = j.a + tile * of_tile;
+  const uint16_t *a = j.a + tile * j.a_tile;
   const uint32_t *b = j.b + (vec - j.vec_first) * j.vec;
-  const int64_t pair = j.pair * 4;
-  constexpr int64_t kRow = 2 * kAmxDepth * sizeof(uint16_t), kOut = kAmxVec * sizeof(float);
+  const int64_t pair = j.pair * 4, row = j.a_row * 2;  // bytes
+  constexpr int64_t kOut = kAmxVec * sizeof(float);
   _tile_zero(0);
   if (V > 1) _tile_zero(1);
   if (R > 1) _tile_zero(2);
   if (R > 1 && V > 1) _tile_zero(3);
-  for (int k = 0; k < j.blocks; ++k, a += tile_halves) {
+  for (int k = 0; k < j.blocks; ++k, a += j.a_block) {
     const uint32_t *from = b + j.block[k];
-    _tile_loadd(4, a, kRow);
+    _tile_loadd(4, a, row);
     _tile_loadd(6, from, pair);
     _tile_dpbf16ps(0, 4, 6);
     if (R > 1) {
-      _tile_loadd(5, a + of_tile, kRow);
+      _tile_loadd(5, a + j.a_tile, row);
       _tile_dpbf16ps(2, 5, 6);
     }
     if (V > 1) {

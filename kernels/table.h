@@ -100,7 +100,8 @@ struct PairTable {
 constexpr int kAmxRows = 16, kAmxDepth = 16, kAmxVec = 16;  // rows; pairs of one block; pixels of one register
 
 struct AmxJob {
-  const uint16_t *a;    // [row tile][block][rows][2 kAmxDepth] weights, zero where a pair or a channel is not there
+  const uint16_t *a;    // weights, zero where a pair or a channel is not there
+  int64_t a_row, a_block, a_tile;  // numbers from a row, a block, a row tile to the next
   int rows;             // of a row tile: even, at most kAmxRows
   int blocks, depth;    // of the sum; pairs of one block, at most kAmxDepth
   const uint32_t *b;    // words of the first pixel of all
@@ -108,10 +109,11 @@ struct AmxJob {
   int64_t pair, vec;    // words from one pair, and from one vector of pixels, to the next
   int row_begin, row_end, vec_begin, vec_end;  // row tiles and vectors of this job
   int vec_first;        // the vector of pixels that lies at b
-  int channels;         // of the layer: the last row tile may have fewer than `rows`
+  int channels;         // rows in all: the last row tile may have fewer than `rows`
   const float *scale, *shift;  // [channels]
   float *const *out;           // [channels] pixel 0, or null
-  uint32_t *const *words;      // [channels / 2, rounded up] pixel 0 of their planes of pairs, or null
+  uint32_t *const *words;      // [channels / 2, rounded up] pixel 0 of planes that two rows share, or null
+  const Half *half;            // [channels] in place of it: halves of any planes, or null
   const float *const *res;     // [channels] or null
   const Half *res_half;        // [channels] or null
   const uint32_t *const *res_words;  // [channels / 2, rounded up] in place of it: planes of pairs where all are active
@@ -122,8 +124,8 @@ struct AmxJob {
 
 struct AmxTable {
   const char *name;
-  // to[vec][step] = the kAmxVec words from `from + xoff[step] + vec * kAmxVec` on
-  void (*panel)(uint32_t *to, const uint32_t *from, const int32_t *xoff, int steps, int vecs);
+  // to[vec][step] = the kAmxVec words from `from + xoff[step] + vec * kAmxVec` on, zeros from `steps` to `padded`
+  void (*panel)(uint32_t *to, const uint32_t *from, const int32_t *xoff, int steps, int padded, int vecs);
   // Of the calling thread, before products of such row tiles and blocks, and after them.
   void (*configure)(int rows, int depth);
   void (*product)(const AmxJob &);

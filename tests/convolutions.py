@@ -27,10 +27,17 @@ def check_equal(executor: Executor, reference: nn.Module, x_BCHW: torch.Tensor, 
 
 
 class Small(nn.Module):
-    """One convolution under test between a stem and a classifier, with or without a residual sum around it."""
+    """One convolution under test between a stem and a classifier, with or without a residual sum around it.
 
-    def __init__(self, cin: int, cout: int, kernel: int, stride: int, pad: int, groups: int, residual: bool) -> None:
+    largest: kernel, stride and padding of a max pooling between stem and convolution.
+    """
+
+    def __init__(
+        self, cin: int, cout: int, kernel: int, stride: int, pad: int, groups: int, residual: bool,
+        largest: tuple[int, int, int] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.largest = nn.MaxPool2d(*largest) if largest else nn.Identity()
         self.stem, self.norm0, self.act0 = nn.Conv2d(3, cin, 1, bias=False), nn.BatchNorm2d(cin), nn.ReLU()
         self.conv = nn.Conv2d(cin, cout, kernel, stride, pad, groups=groups, bias=False)
         self.norm, self.act = nn.BatchNorm2d(cout), nn.ReLU()
@@ -40,7 +47,7 @@ class Small(nn.Module):
         self.pool, self.flat, self.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(cout, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.act0(self.norm0(self.stem(x)))
+        x = self.largest(self.act0(self.norm0(self.stem(x))))
         y = self.norm(self.conv(x))
         if self.side is not None and self.side_norm is not None:
             y = self.term(y) + self.side_norm(self.side(x))

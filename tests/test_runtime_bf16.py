@@ -116,10 +116,37 @@ def test_channels_are_lanes_on_small_maps(
     selective = train_like(select(model).eval(), 0, spread=0.2)
     round_predictors(selective)
     set_density(selective, 1.0)
-    for gate in gates(selective).values():  # at `losing` some channels lose on some images: then pixels are lanes
+    for gate in gates(selective).values():  # at `losing` some channels lose on some images: then pixels are lanes, or a scale is zero on AMX
         assert gate.predictor.bias is not None
         gate.predictor.bias.data -= losing * torch.rand_like(gate.predictor.bias)
     check(selective, x, threads=threads, isa=isa)
+
+
+@settings(max_examples=40)
+@given(
+    cin=st.integers(1, 40), kernel=st.integers(1, 4), stride=st.integers(1, 3), padded=st.booleans(),
+    residual=st.booleans(), height=st.integers(4, 40), width=st.integers(4, 40), threads=st.integers(1, 3),
+    density=st.sampled_from([0.4, 1.0, 1.0]), losing=st.sampled_from([0.0, 2.0]), isa=st.sampled_from(ISAS),
+)  # fmt: skip
+def test_the_largest_of_a_window_is_found_in_pairs(
+    cin, kernel, stride, padded, residual, height, width, threads, density, losing, isa
+) -> None:
+    torch.manual_seed(0)
+    largest = (kernel, stride, kernel // 2 if padded else 0)
+    model = Small(cin, 7, 3, 1, 1, groups=1, residual=residual, largest=largest).eval()
+    x = torch.randn(2, 3, height, width)
+    check(randomise_bn(model, 0), x, threads=threads, isa=isa)
+    selective = train_like(select(model).eval(), 0, spread=0.3)
+    round_predictors(selective)
+    set_density(selective, density)
+    for gate in gates(selective).values():
+        assert gate.predictor.bias is not None
+        gate.predictor.bias.data -= losing * torch.rand_like(gate.predictor.bias)
+    check(selective, x, threads=threads, isa=isa)
+    plan = runtime.make_plan(selective, (height, width), "bf16")
+    pool = next(op for op in plan.ops if op["kind"] == "pool")
+    assert not any(plan.values[pool[end]]["floats"] for end in ("x", "y"))
+    assert not plan.values[plan.input]["floats"]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
