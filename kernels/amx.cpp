@@ -13,6 +13,7 @@ namespace afds {
 // A panel is as small as can be while all weights stay in the second cache, which they pass through for each; else as large as
 // stays there itself, while they come from farther away. In bytes.
 constexpr size_t kNearWeights = 1 << 20, kPanel = 512 << 10, kNearPanel = 24 << 10;
+constexpr int kMostSteps = 1 << 16;   // so that a panel of a few vectors is megabytes
 constexpr int kVecsEach = 4;          // from so many a thread on, pixels are cut between threads, else rows
 
 // A chosen row's weights, in words: whole blocks, and what `pick` writes behind them.
@@ -24,6 +25,8 @@ void Engine::set_amx(Conv &c) {
   if (!amx_ || !c.halves || c.groups > 1) return;
   const bool all = c.rows == Rows::kAll || (c.rows == Rows::kDynamic && c.gate.k == c.out);
   const int steps = (c.in + 1) / 2 * c.taps;
+  if (steps > kMostSteps) return;
+  c.may_amx = true;
   if (!(all && full_[c.x])) {
     const size_t padded = round_up(steps, kAmxDepth), vecs = amx_vecs(layout(c.y));
     chosen_ = std::max(chosen_, size_t(round_up(c.out, kAmxRows)) * amx_pitch(steps) + kAmxRows);
@@ -37,8 +40,9 @@ void Engine::set_amx(Conv &c) {
   m.blocks = (steps + kAmxDepth - 1) / kAmxDepth;
   m.depth = (steps + m.blocks - 1) / m.blocks;
   m.panel = c.taps > 1 || c.tap[0].offset != 0;
-  const int vecs = amx_vecs(layout(c.y)), weights = m.tiles * m.blocks * kAmxRows * kAmxDepth * 4;
-  const size_t size_of = weights > int(kNearWeights) ? kPanel : kNearPanel;
+  const int vecs = amx_vecs(layout(c.y));
+  const size_t weights = size_t(m.tiles) * m.blocks * kAmxRows * kAmxDepth * 4;
+  const size_t size_of = weights > kNearWeights ? kPanel : kNearPanel;
   const int most = static_cast<int>(size_of / (size_t(steps) * kAmxVec * sizeof(uint32_t)));
   m.group = vecs < kVecsEach * threads_ ? vecs : std::min(vecs, std::max(2, most / 2 * 2));
   if (m.panel) panel_ = std::max(panel_, size_t(steps) * kAmxVec * m.group);

@@ -122,6 +122,7 @@ struct Conv {
   std::vector<Block> blocks;
   Floats streams;
   std::vector<int32_t> at;  // [pixel] its place in a plane
+  bool may_amx = false;
   Amx amx;
   Floats all_scale;                         // where all rows are computed and none is predicted; the shift is `bias`
 };
@@ -340,7 +341,7 @@ class Engine {
   void set_amx(Conv &c);
   void amx_tiles(const Run &run, const Conv &c) const;
   void pick_chosen(const Run &run, const Conv &c, int steps) const;
-  bool chosen_on_amx(const Workspace &ws, const Conv &c) const { return amx_ && c.halves && c.groups == 1 && !ws.on_amx; }
+  bool chosen_on_amx(const Workspace &ws, const Conv &c) const { return c.may_amx && !ws.on_amx; }
   void channel_tiles(const Run &run, const Conv &c) const;
   bool makes_weights(const Active &x) const;  // a few rows at a time, for each image
   int tap_words(const Conv &c, const Active &x) const;
