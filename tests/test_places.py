@@ -112,6 +112,15 @@ def test_no_room_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert path.read_bytes() == before
 
 
+def test_a_run_folder_that_is_taken_away(tmp_path: Path) -> None:
+    record = Record(tmp_path / "run", tensorboard=False)
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    with pytest.raises(RunFolderError, match="run was moved or removed while the run went on"):
+        record.write("epoch", epoch=1)
+    with pytest.raises(RunFolderError, match="run was moved or removed while the run went on"):
+        save_checkpoint(tmp_path / "run/last.ckpt", {"epoch": 2})
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     write_run(tmp_path / "run", selection=None)

@@ -116,7 +116,9 @@ def test_channels_are_lanes_on_small_maps(
     selective = train_like(select(model).eval(), 0, spread=0.2)
     round_predictors(selective)
     set_density(selective, 1.0)
-    for gate in gates(selective).values():  # at `losing` some channels lose on some images: then pixels are lanes, or a scale is zero on AMX
+    for gate in gates(
+        selective
+    ).values():  # at `losing` some channels lose on some images: then pixels are lanes, or a scale is zero on AMX
         assert gate.predictor.bias is not None
         gate.predictor.bias.data -= losing * torch.rand_like(gate.predictor.bias)
     check(selective, x, threads=threads, isa=isa)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from afds.errors import RunFolderError
-from afds.files import whole_run
+from afds.files import go_on
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -32,8 +32,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         if isinstance(error.__context__, KeyboardInterrupt):  # the writer fell over it
             raise KeyboardInterrupt from error
         reason = getattr(error, "strerror", None) or "no space left, perhaps"
-        raise RunFolderError(f"{path} cannot be written ({reason}). Make room, then go on with: "
-                             f"afds fit --resume {whole_run(path.parent)}") from error  # fmt: skip
+        raise RunFolderError(f"{path} cannot be written ({reason}). {go_on(path)}") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -123,6 +123,13 @@ def whole_run(folder: Path) -> Path:
     return folder
 
 
+def go_on(path: Path) -> str:
+    """What to do where a file of a run folder could not be written: make room and resume, if the folder is there."""
+    if not path.parent.is_dir():
+        return f"{path.parent} was moved or removed while the run went on."
+    return f"Make room, then go on with: afds fit --resume {whole_run(path.parent)}"
+
+
 def is_empty(folder: Path) -> bool:
     """Whether nothing is in a folder but what `alone_in` may have left there."""
     return all(entry.name == LOCK for entry in folder.iterdir())

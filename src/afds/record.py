@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from afds.errors import ConfigError, RunFolderError
-from afds.files import whole_run, write_atomic
+from afds.files import go_on, write_atomic
 
 
 class Record:
@@ -34,8 +34,7 @@ class Record:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
-            raise RunFolderError(f"{self.path} cannot be written ({error.strerror}). Make room, then go on with: "
-                                 f"afds fit --resume {whole_run(self.path.parent)}") from error  # fmt: skip
+            raise RunFolderError(f"{self.path} cannot be written ({error.strerror}). {go_on(self.path)}") from error
         if self._board is not None and kind in ("step", "epoch"):
             at = values["step"] if kind == "step" else values["epoch"]
             for name, value in values.items():

@@ -29,8 +29,8 @@ def is_built() -> bool:
 def usable_isas(precision: str = "float32") -> list[str]:
     """Instruction sets that this CPU can run, the fastest first; empty where the kernels are not built.
 
-    For `bf16`, amx_bf16 comes first where the CPU has it, and is what `auto` takes. avx512_bf16 may be slower than avx512:
-    `auto` measures.
+    For `bf16`, amx_bf16 comes first where the CPU has it, and is what `auto` takes. avx512_bf16 may be slower than
+    avx512: `auto` measures.
     """
     return list(_kernels.usable_isas(precision == "bf16")) if _kernels is not None else []
 

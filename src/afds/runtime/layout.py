@@ -133,8 +133,8 @@ def _forms(program: Program, shared: dict[int, int]) -> tuple[list[bool], list[s
     """Of each feature whether it is kept in float32, and how its channels form bf16 pairs.
 
     Pairs of the active channels, whichever they are (`free`), are for what one convolution alone writes; groups, and
-    memory that several ops write in turn, need pairs of fixed channel numbers. The largest of a window is found in pairs
-    where nothing is negative and only convolutions read it.
+    memory that several ops write in turn, need pairs of fixed channel numbers. The largest of a window is found in
+    pairs where nothing is negative and only convolutions read it.
     """
     floats, pairs = [False] * len(program.features), ["none"] * len(program.features)
     pools = [op for op in program.ops if op["kind"] == "pool" and op["max"] and op["nonnegative"]]
