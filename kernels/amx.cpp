@@ -75,7 +75,7 @@ void Engine::pick_chosen(const Run &run, const Conv &c, int steps) const {
     const Share mine = share(ws.n_rows, part, run.n);
     for (int i = mine.begin; i < mine.end; ++i) {
       const uint16_t *from = c.halves + size_t(ws.row[i]) * c.taps * c.columns;
-      uint16_t *row = ws.chosen_weights.data() + size_t(i) * pitch * 2, *to = row;
+      uint16_t *row = reinterpret_cast<uint16_t *>(ws.chosen_weights.data() + size_t(i) * pitch), *to = row;
       for (int t = 0; t < c.taps; ++t, from += c.columns, to += 2 * pairs) {
         pick(to, from, c.columns, ws.bits.data(), x.list.data(), x.n);
         if (x.by_list && x.n % 2) to[x.n] = 0;
@@ -109,7 +109,7 @@ void Engine::amx_tiles(const Run &run, const Conv &c) const {
     job.rows = round_up((rows + tiles - 1) / tiles, 2);
     tiles = (rows + job.rows - 1) / job.rows;
     job.depth = kAmxDepth, job.blocks = (steps + kAmxDepth - 1) / kAmxDepth;
-    job.a = ws.chosen_weights.data();
+    job.a = reinterpret_cast<const uint16_t *>(ws.chosen_weights.data());
     job.a_row = amx_pitch(steps) * 2, job.a_block = 2 * kAmxDepth, job.a_tile = job.a_row * job.rows;
     block.clear();
     for (int b = 0; b < job.blocks; ++b) block.push_back(b * kAmxDepth * kAmxVec);

@@ -87,7 +87,7 @@ std::unique_ptr<Workspace> Engine::make_workspace() const {
     if (amx_)
       for (auto *v : {&p.pair, &p.res_pair}) v->assign((widest_ + 1) / 2, nullptr);
   }
-  ws->chosen_weights.assign(2 * chosen_, 0);
+  ws->chosen_weights = Floats(chosen_);
   ws->macs.assign(ops_.size(), 0);
   ws->seconds.assign(ops_.size() * kParts, 0.0);
   ws->chosen.resize(ops_.size());

@@ -215,7 +215,7 @@ struct Workspace {
   std::vector<std::vector<int32_t>> chosen; // by op: the winners of the latest image, where they are recorded
   bool profile = false, record = false;
   bool on_amx = false;  // the present convolution, with all rows and inputs
-  std::vector<uint16_t> chosen_weights;  // where they are chosen
+  Floats chosen_weights;  // halves, where they are chosen
 };
 
 // One thread's view of one image: member t of a team that cuts its work into n parts, however many it has.
