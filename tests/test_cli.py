@@ -92,6 +92,11 @@ def test_predict(run: Path, photos: Path, capsys: Captured) -> None:
     assert all(line.count("%") == 2 for line in lines)
 
 
+def test_predict_names_a_path_that_is_not_there_before_any_work(run: Path, photos: Path, capsys: Captured) -> None:
+    assert main(["predict", str(run), str(photos), "nowhere.jpg", "--batch-size", "1"]) == 2
+    assert capsys.readouterr() == ("", "afds: error: nowhere.jpg: no such file or folder.\n")
+
+
 def test_predict_json_and_unreadable(run: Path, photos: Path, tmp_path: Path, capsys: Captured) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_text("no image")

@@ -165,6 +165,8 @@ def test_what_cannot_be_is_refused_before_training(room: Path, tmp_path: Path) -
     refused(BudgetError, "smaller images", method="l2+lowres", budget="100000x")
     refused(ConfigError, "needs --small-source", method="l2+small")
     refused(BudgetError, r"small\+lowres", method="l2+small", budget="2x", small_source=str(room / "source"))
+    refused(ConfigError, "--small-source is of", method="l2+l1", small_source=str(room / "tiny"))
+    refused(ConfigError, "--anchor is of", method="afds", anchor=str(room / "source"))
     with pytest.raises(ConfigError, match="same small images"):
         parse_method("kd+lowres")
     fit(options(room, tmp_path / "pruned", "l2+l1"), quiet=True)

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from PIL import Image
 
 from afds import fitting
@@ -439,3 +441,32 @@ def test_a_refit_on_a_single_position_changes_nothing(digits: Path, tmp_path: Pa
     result = fit(options(digits, tmp_path / "run", method="afds", source=str(source), budget="2x", descent=descent,
                          optim=OptimConfig(epochs=1, batch_size=8)), quiet=True)  # fmt: skip
     assert math.isfinite(result.val.cross_entropy)
+
+
+def test_the_scale_of_the_loss_in_float16_comes_back(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU Fabric takes bf16 in place of float16, so its float16 is put in by hand."""
+    config = options(digits, tmp_path / "whole", method="scratch+dense", budget="")
+    config = dataclasses.replace(config, optim=OptimConfig(epochs=2, batch_size=8, lr=0.05))
+    scalers = []
+
+    def in_float16(hardware: Any) -> Fabric:
+        scalers.append(torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1))
+        return Fabric(accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu", scalers[-1])])
+
+    def interrupt(self: object, event: dict[str, Any]) -> None:
+        if event.get("step") == 9:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fitting, "make_fabric", in_float16)
+    fit(config, quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting.Progress, "update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(dataclasses.replace(config, out=tmp_path / "broken"), quiet=True)
+    fit(FitConfig(resume=tmp_path / "broken"), quiet=True)
+    whole, _, resumed = (scaler.get_scale() for scaler in scalers)
+    assert resumed == whole > 8
+    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
+    assert same[0] == same[1]

@@ -162,6 +162,23 @@ def test_the_refit_sees_crops_in_the_network_s_size_the_same_whenever_asked(plac
     assert sum(map(len, setup.plan.refit_on())) == each
 
 
+def test_a_run_and_its_refit_draw_other_crops_than_the_run_that_it_starts_from(place: Path) -> None:
+    def crops(**changes: Any) -> tuple[set[bytes], set[bytes]]:
+        config = resolve_method(options(place, place / "draws", recovery=RecoveryConfig(colour=0), **changes))
+        setup = Setup(config, read_photos(config, Progress(quiet=True))[0], make_fabric(config.hardware))
+        seen = {x.numpy().tobytes() for x_BCHW, _ in setup.plan.train_loader for x in x_BCHW}
+        refit = setup.plan.refit_on() if setup.plan.refit_on is not None else ()
+        return seen, {x.numpy().tobytes() for x_BCHW in refit for x in x_BCHW}
+
+    base, _ = crops(method="scratch+dense", budget="", descent=DescentConfig())
+    run, refit = crops(source=str(place / "dense"), descent=DescentConfig(images=8, reconstruct=32, multiple_of=2))
+    assert len(base) == len(run) == 48
+    assert len(refit) == 32
+    assert not base & run
+    assert not base & refit
+    assert not run & refit
+
+
 @pytest.mark.parametrize("colour", [0.0, 0.9])
 def test_colours_vary_after_settling_and_the_same_for_both_networks(place: Path, colour: float) -> None:
     changes = {"source": str(place / "dense"), "recovery": RecoveryConfig(colour=colour)}

@@ -279,13 +279,13 @@ def _predict(arguments: list[str]) -> int:
 
         torch.set_num_threads(options.threads)
     run, unreadable = load_run(options.run), 0
+    files = image_files(options.images)
     model = _or_torch(
         lambda runtime: Model(
             run, runtime=runtime, precision=options.precision if runtime == "native" else "float32"
         ),
         options.runtime, options.precision,
     )  # fmt: skip
-    files = image_files(options.images)
     for prediction in model.stream(files, options.top_k, options.batch_size, on_error="report"):
         if prediction.error is not None:
             unreadable += 1

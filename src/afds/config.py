@@ -21,6 +21,7 @@ from afds.selection import SelectionConfig
 
 TRANSFERS = ("scratch", "l2", "l2-sp", "delta", "afd", "kd")
 COMPRESSIONS = ("dense", "slimming", "l1", "afs", "small", "lowres", "small+lowres")
+ANCHORED = ("l2-sp", "delta")  # these stay near pretrained weights
 PRUNED = ("slimming", "l1")  # these cut a fine-tuned dense network
 ALIASES = {"afds": "afd+afs", "afds-paper": "afd+afs", "fbs": "l2+afs"}
 # afds-paper: what is ours, and not the paper's, is off.
@@ -450,6 +451,21 @@ def resolve_method(config: FitConfig) -> FitConfig:
         descent = dataclasses.replace(config.descent, allocation="uniform" if settles else "importance")
         config = dataclasses.replace(config, descent=descent)
     return config
+
+
+def refuse_idle(config: FitConfig) -> None:
+    """Options that this method would not look at.
+
+    Raises:
+        ConfigError: it names the option, and whose it is.
+    """
+    transfer, compression = parse_method(config.method)
+    if config.small_source and "small" not in compression:
+        raise ConfigError(f"--small-source is of the methods with +small, and --method {config.method} would not look "
+                          "at it: leave it out.")  # fmt: skip
+    if config.anchor and transfer not in ANCHORED:
+        raise ConfigError(f"--anchor is of the methods {' and '.join(f'{t}+...' for t in ANCHORED)}, and --method "
+                          f"{config.method} would not look at it: leave it out.")  # fmt: skip
 
 
 def _as_published(config: FitConfig) -> FitConfig:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from afds.artifact import is_run, load_run, save_run
-from afds.config import PRUNED, FitConfig, from_json, parse_method, resolve_method
+from afds.config import ANCHORED, PRUNED, FitConfig, from_json, parse_method, refuse_idle, resolve_method
 from afds.cost import Cost, CostMeter, LayerCost, has_selection
 from afds.data import Splits, check_images, describe, make_splits, scan, with_unlabelled, without
 from afds.data.unlabelled import fingerprint
@@ -68,6 +68,8 @@ def _fit(config: FitConfig, quiet: bool, held: contextlib.ExitStack) -> FitResul
         begun = _resumed(config.resume, config.data)
         _only_resume(config)
         config = begun
+    else:
+        refuse_idle(config)
     config = _absolute(resolve_method(config))
     if config.data is None or config.out is None:
         missing = "a folder of photos" if config.data is None else "--out RUN, the folder to write"
@@ -211,8 +213,9 @@ def _steps_before(config: FitConfig, setup: Setup, quiet: bool) -> FitConfig:
     assert config.out is not None
     if config.source_data is not None:
         source = dataclasses.replace(
-            config, data=config.source_data, source_data=None, unlabelled=None, teacher=None, method="l2+afs",
-            budget="1x", optim=dataclasses.replace(config.optim, epochs=config.source_epochs),
+            config, data=config.source_data, source_data=None, unlabelled=None, teacher=None, anchor="",
+            small_source="", method="l2+afs", budget="1x",
+            optim=dataclasses.replace(config.optim, epochs=config.source_epochs),
         )  # fmt: skip
         config = dataclasses.replace(config, source=_step(source, config.out / "source", quiet), source_data=None)
     assert config.out is not None
@@ -251,7 +254,8 @@ def after_base(config: FitConfig, base: str) -> FitConfig:
     teacher = config.teacher or (Path(base) if transfer == "kd" else None)
     if transfer == "kd" and compression in ("dense", "small"):
         return dataclasses.replace(config, teacher=teacher)  # the student starts from pretrained weights
-    return dataclasses.replace(config, source=base, teacher=teacher, anchor=config.anchor or config.source)
+    anchor = (config.anchor or config.source) if transfer in ANCHORED else ""
+    return dataclasses.replace(config, source=base, teacher=teacher, anchor=anchor)
 
 
 def _carries_selection(source: str) -> bool:

@@ -36,7 +36,7 @@ from afds.data import (
     make_loader,
     train_transform,
 )  # fmt: skip
-from afds.data.loader import Ticket
+from afds.data.loader import Ticket, step_seed
 from afds.distillation import AttentiveDistillation, FrozenNetwork, feature_sizes
 from afds.errors import BudgetError, ConfigError
 from afds.graph import convbn_units, residual_blocks, stage_ends, unit_roles
@@ -160,7 +160,8 @@ class Setup:
                           colour=config.recovery.colour if settles else d.colour)  # fmt: skip
         items = (*splits.train, *splits.unlabelled) if settles else splits.train
         train_set = ImageDataset(items, self._views(augment), cache=d.cache)
-        loader = make_loader(train_set, batch_size=o.batch_size, shuffle=True, seed=config.seed, workers=d.workers,
+        seed = step_seed(config.seed, 1 if self.is_base else 0)
+        loader = make_loader(train_set, batch_size=o.batch_size, shuffle=True, seed=seed, workers=d.workers,
                              drop_last=True)  # fmt: skip
         train_loader = fabric.setup_dataloaders(loader)  # each process has its share of it
         if not len(train_loader):
@@ -423,10 +424,10 @@ class Setup:
         count = min(c.descent.reconstruct, CROPS_EACH * len(items), max(64, CROPS_BYTES // (12 * side * side)))
         augment = Augment(crop=d.crop, scale=(d.scale, 1.0), flip=d.flip)
         dataset = ImageDataset(items, train_transform(self.preprocess, augment), cache=d.cache)
-        tickets: list[Ticket] = []
+        seed, tickets = step_seed(c.seed, 2), list[Ticket]()
         for again in range(-(-count // len(items))):
             order = torch.randperm(len(items), generator=torch.Generator().manual_seed(again)).tolist()
-            tickets += [Ticket(position, again, c.seed) for position in order]
+            tickets += [Ticket(position, again, seed) for position in order]
         with torch.random.fork_rng(devices=[]):
             crops = [dataset[ticket][0] for ticket in tickets[:count]]
         return [torch.stack(crops[i : i + 64]).to(self.fabric.device) for i in range(0, count, 64)]

@@ -54,6 +54,7 @@ class State:
         self.task, self.plan = task, plan
         self.optimizer: Any = None
         self.moments: dict[str, dict[str, Tensor]] = {}  # what the optimizer held for parameters that a cut replaced
+        self.scaler: Any = None  # Fabric's precision: in 16-mixed it holds the scale of the loss
         self.epoch = 0
         self.stage = 0
         self.importance: Importance | None = None
@@ -67,7 +68,7 @@ class State:
         for name, parameter in self.task.named_parameters():
             if name in self.moments:
                 optimizer.state[parameter] = self.moments[name]
-        self.moments = {}
+        self.moments, self.scaler = {}, fabric._precision
         wrapped, self.optimizer = fabric.setup(self.task, optimizer)
         return wrapped, self.optimizer
 
@@ -127,13 +128,15 @@ class State:
             "importance": (self.importance.taylor, self.importance.weight) if self.importance else None,
             "kept": {name: (channels.out, channels.in_) for name, channels in self.kept.items()},
             "widths": widths(self.task.network) if self.kept else {},
-            "chosen": self.chosen,
+            "chosen": self.chosen, "scaler": self.scaler.state_dict(),
         }  # fmt: skip
 
     def load(self, saved: dict[str, Any]) -> None:
         self.epoch, self.stage = saved["epoch"], saved["stage"]
         self.task.load_state_dict(saved["task"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        if saved.get("scaler"):
+            self.scaler.load_state_dict(saved["scaler"])
         if saved["importance"]:
             self.importance = Importance(*saved["importance"])
         if saved["densities"]:

@@ -71,19 +71,24 @@ def image_extensions() -> frozenset[str]:
 def image_files(paths: Sequence[Path | str]) -> Iterator[Path]:
     """Files as they are, folders as the images anywhere in them, sorted by path; hidden ones are passed over.
 
-    Raises DataError for a path that is not there, and for a folder without an image.
+    Raises DataError for a path that is not there, at once, and for a folder without an image, when its turn comes.
     """
+    for path in map(Path, paths):
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder.")
+    return _files_of(paths)
+
+
+def _files_of(paths: Sequence[Path | str]) -> Iterator[Path]:
     extensions = image_extensions()
     for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(p for p in _files_below(path) if p.suffix.lower() in extensions)
-            if not found:
-                raise DataError(f"{path}: no image in this folder.")
-            yield from found
-        elif path.exists():
+        if not path.is_dir():
             yield path
-        else:
-            raise DataError(f"{path}: no such file or folder.")
+            continue
+        found = sorted(p for p in _files_below(path) if p.suffix.lower() in extensions)
+        if not found:
+            raise DataError(f"{path}: no image in this folder.")
+        yield from found
 
 
 def _files_below(folder: str | Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:

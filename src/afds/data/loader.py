@@ -42,6 +42,15 @@ class Ticket(NamedTuple):
         return int(mixed.generate_state(1, np.uint64)[0])
 
 
+def step_seed(seed: int, step: int) -> int:
+    """Seed of a step of a lineage: 0 the training from pretrained weights, 1 the run that starts from it, 2 its refit.
+
+    Ours: with one seed for all, a network would be cut, refitted and trained on the very crops, in their very order,
+    that it has been fitted to before.
+    """
+    return seed if step == 0 else int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+
+
 class ImageDataset(Dataset[tuple[Any, int]]):
     """(image (3, H, W) float32, label) for each item; with `TwoViews` a pair of images in place of one."""
 
