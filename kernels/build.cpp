@@ -186,6 +186,7 @@ void Engine::add_conv(Conv c, int kh, int kw, int stride, int pad_h, int pad_w, 
               g.sign.size() == size_t(c.out) && g.scaled.size() == size_t(c.out) && c.beta.size() == size_t(c.out),
           c.name + ": gate");
     check(g.k >= 1 && g.k <= c.out, c.name + ": k");
+    check(g.group >= 1 && (g.k == c.out || (g.k % g.group == 0 && c.out % g.group == 0)), c.name + ": group");
     for (int32_t k : g.dynamic) check(k >= 0 && k < c.out, c.name + ": dynamic");
     check(values_[c.x].pooled, c.name + ": its input is not pooled");
     widest_ = std::max({widest_, g.rank, static_cast<int>(n)});

@@ -70,6 +70,18 @@ void Engine::predict(const Run &run, const Conv &c) const {
   });
 }
 
+// Keys of groups: the bits of the sums of their channels' scores.
+static void sum_groups(Workspace &ws, int groups, int size) {
+  for (int i = 0; i < groups; ++i) {
+    float sum = 0, score;
+    for (int k = i * size; k < (i + 1) * size; ++k) {
+      std::memcpy(&score, &ws.keys[k], sizeof score);
+      sum += score;
+    }
+    std::memcpy(&ws.group_keys[i], &sum, sizeof sum);
+  }
+}
+
 // One thread: the winners, their scales, the steps of the product, and what all this costs.
 void Engine::choose(const Run &run, const Conv &c, int op) const {
   Workspace &ws = run.ws;
@@ -109,24 +121,36 @@ void Engine::choose(const Run &run, const Conv &c, int op) const {
       ceiling = INFINITY;
     }
     table_.score(keys, q, h, g.importance.data(), ceiling, c.out);
+    const bool grouped = g.group > 1 && g.k < c.out;
+    if (grouped) sum_groups(ws, c.out / g.group, g.group);
+    const int32_t *ranked = grouped ? ws.group_keys.data() : keys;
+    const int of = grouped ? c.out / g.group : c.out, most = grouped ? g.k / g.group : g.k;
     int32_t low = 1;
-    int ties = c.out;  // winners that equal `low` and may still be taken
-    const int positive = table_.count_ge(keys, c.out, low);
-    if (positive > g.k) {
+    int ties = of;  // winners that equal `low` and may still be taken
+    const int positive = table_.count_ge(ranked, of, low);
+    if (positive > most) {
       int32_t high = 0x7f800001;
       int count = -1, above = 0;  // keys >= low, keys >= high
-      while (high - low > 1 && count != g.k) {
+      while (high - low > 1 && count != most) {
         const int32_t middle = low + (high - low) / 2;
-        const int m = table_.count_ge(keys, c.out, middle);
-        if (m >= g.k) low = middle, count = m;
+        const int m = table_.count_ge(ranked, of, middle);
+        if (m >= most) low = middle, count = m;
         else high = middle, above = m;
       }
-      if (count != g.k) ties = g.k - above;
+      if (count != most) ties = most - above;
     }
-    if (positive == c.out && g.k == c.out) {  // settled: all win, as in every image
+    if (positive == of && most == of) {  // settled: all win, as in every image
       n = c.out;
       ws.row = first_.data();
-    } else if (ties == c.out) {
+    } else if (grouped) {
+      for (int group = 0; group < of; ++group) {
+        if (ranked[group] < low || (ranked[group] == low && ties-- <= 0)) continue;
+        for (int k = group * g.group; k < (group + 1) * g.group; ++k) {
+          rows[n] = k;
+          n += keys[k] > 0;
+        }
+      }
+    } else if (ties == of) {
       for (int k = 0; k < c.out; ++k) {  // no branch: it could not be foreseen
         rows[n] = k;
         n += keys[k] >= low;

@@ -65,7 +65,7 @@ std::unique_ptr<Workspace> Engine::make_workspace() const {
   ws->zeros = Floats(longest_ + kSlack);
   for (Floats *f : {&ws->q, &ws->scale, &ws->shift}) *f = Floats(widest_ + kRound);
   for (Floats *f : {&ws->p, &ws->r, &ws->h}) *f = Floats(size_t(threads_) * round_up(widest_, kRound));
-  for (auto *v : {&ws->keys, &ws->rows, &ws->only}) v->assign(widest_ + 1, 0);
+  for (auto *v : {&ws->keys, &ws->group_keys, &ws->rows, &ws->only}) v->assign(widest_ + 1, 0);
   ws->xoff.assign(most_steps_ + kAhead, 0);
   ws->woff.assign(most_steps_, 0);
   ws->group_steps.assign(most_groups_ + 1, 0);

@@ -75,7 +75,7 @@ struct Gate {  // h = W (p * scale) + b over the dynamic channels, low-rank wher
   std::vector<uint8_t> scaled;   // [K] whether pi is multiplied in at run time (it is not folded)
   int64_t n_scaled = 0;          // of these
   float ceiling = 0;
-  int k = 0;
+  int k = 0, group = 1;          // winners, and how many neighbours win together
 };
 
 struct Tap {
@@ -190,7 +190,7 @@ struct Workspace {
   std::unique_ptr<Claim[]> claims;          // [threads]
   std::vector<Active> active;  // by value
   Floats staging, p, r, h, q, scale, shift, zeros;  // p, r, h: one for each thread
-  std::vector<int32_t> keys, rows, xoff, woff, group_steps, group_rows, only;
+  std::vector<int32_t> keys, group_keys, rows, xoff, woff, group_steps, group_rows, only;
   std::vector<uint32_t> bits;  // active inputs of the present layer, one bit each
   struct Pointers {  // of one thread, by row
     std::vector<const float *> w, res;

@@ -131,6 +131,7 @@ Conv conv_of(const nb::dict &d) {
       if (k >= 0 && k < c.out) g.scaled[k] = 1;
     g.ceiling = get<float>(d, "ceiling");
     g.k = get<int>(d, "k");
+    g.group = get<int>(d, "group");
   } else {
     throw std::invalid_argument("plan: rows " + rows);
   }

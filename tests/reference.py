@@ -72,15 +72,16 @@ def gate(x_BCHW: np.ndarray, unit: SelectiveConvBN, density: str, training: bool
         w_OI = w_OI @ array(g.predictor.reduce.weight)
     gamma, sign, importance = array(g.gamma), array(g.sign), array(g.importance)
     images, channels = len(p_BC), len(bias)
-    k = winners_exactly(density, channels)
+    k = winners_exactly(density, channels // g.group)
     pi_BC, active_BC = np.zeros((images, channels)), np.zeros((images, channels), bool)
     for b in range(images):
         h = [max(0.0, sum(w_OI[c, i] * p_BC[b, i] for i in range(p_BC.shape[1])) + bias[c]) for c in range(channels)]
         h = [min(v, float(g.predictor.ceiling)) for v in h]
         q = [h[c] if g.dynamic[c] else max(0.0, gamma[c]) for c in range(channels)]
         q = [q[c] if g.kept[c] else 0.0 for c in range(channels)]
-        ranking = sorted(range(channels), key=lambda c: q[c] * importance[c], reverse=True)
-        for c in ranking[:k]:
+        members = [range(i, i + g.group) for i in range(0, channels, g.group)]
+        ranking = sorted(members, key=lambda group: sum(q[c] * importance[c] for c in group), reverse=True)
+        for c in (c for group in ranking[:k] for c in group):
             if q[c] * importance[c] > 0:
                 pi_BC[b, c], active_BC[b, c] = q[c] * sign[c], True
     return pi_BC, active_BC

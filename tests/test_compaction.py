@@ -70,11 +70,14 @@ def test_outputs_stay_and_size_falls(family: nn.Module, config: SelectionConfig)
 @given(
     seed=st.integers(0, 10_000), pruned=st.floats(0.0, 0.95), fixed=st.floats(0.0, 1.0),
     density=st.floats(0.05, 1.0), name=st.sampled_from(list(FAMILIES)), multiple=st.sampled_from([1, 4, 8]),
+    group=st.sampled_from([1, 1, 2, 4]),
 )  # fmt: skip
-def test_any_masks(seed: int, pruned: float, fixed: float, density: float, name: str, multiple: int) -> None:
+def test_any_masks(
+    seed: int, pruned: float, fixed: float, density: float, name: str, multiple: int, group: int
+) -> None:
     torch.manual_seed(seed)
     plain = randomise_bn(FAMILIES[name](), seed)
-    model = train_like(select(plain, density=density), seed, static=fixed, pruned=pruned)
+    model = train_like(select(plain, SelectionConfig(group=group), density=density), seed, static=fixed, pruned=pruned)
     if seed % 2:
         everyone_prunes(model, pruned)
         for gate in gates(model).values():

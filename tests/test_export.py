@@ -32,7 +32,10 @@ def gap(ours: torch.Tensor, theirs: torch.Tensor | np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
-@pytest.mark.parametrize("config", [SelectionConfig(), SelectionConfig(predictor="low-rank")], ids=["full", "low"])
+@pytest.mark.parametrize(
+    "config", [SelectionConfig(), SelectionConfig(predictor="low-rank"), SelectionConfig(group=4)],
+    ids=["full", "low", "groups"],
+)  # fmt: skip
 @pytest.mark.parametrize("density", [0.4, 1.0])
 @torch.no_grad()
 def test_skipping_is_the_masked_forward(name: str, config: SelectionConfig, density: float) -> None:

@@ -17,6 +17,7 @@ from afds.data import write_digits
 from afds.errors import BudgetError, ConfigError
 from afds.evaluation import evaluate_folder
 from afds.fitting import base_of, fit, read_result
+from afds.selection import SelectionConfig
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'
 TINY = '{"layers": [1, 1, 1, 1], "channels": [2, 2, 2, 2], "stem_width": 2, "stem_type": "deep"}'
@@ -167,6 +168,7 @@ def test_what_cannot_be_is_refused_before_training(room: Path, tmp_path: Path) -
     refused(BudgetError, r"small\+lowres", method="l2+small", budget="2x", small_source=str(room / "source"))
     refused(ConfigError, "--small-source is of", method="l2+l1", small_source=str(room / "tiny"))
     refused(ConfigError, "--anchor is of", method="afds", anchor=str(room / "source"))
+    refused(ConfigError, "add --descent.no-settle", method="afds", selection=SelectionConfig(group=2))
     with pytest.raises(ConfigError, match="same small images"):
         parse_method("kd+lowres")
     fit(options(room, tmp_path / "pruned", "l2+l1"), quiet=True)

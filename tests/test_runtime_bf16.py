@@ -86,14 +86,16 @@ def check(model: nn.Module, x_BCHW: torch.Tensor, *, threads: int = 1, isa: str 
 @given(
     case=cases(), height=st.integers(5, 23), width=st.integers(5, 40), batch=st.integers(1, 3),
     threads=st.integers(1, 3), density=st.sampled_from([0.01, 0.3, 0.7, 1.0]), masks=st.booleans(), low=st.booleans(),
+    group=st.sampled_from([1, 1, 2, 3, 8]),
     isa=st.sampled_from(ISAS), seed=st.integers(0, 5),
 )  # fmt: skip
-def test_any_convolution(case, height, width, batch, threads, density, masks, low, isa, seed) -> None:
+def test_any_convolution(case, height, width, batch, threads, density, masks, low, group, isa, seed) -> None:
     torch.manual_seed(seed)
+    case = {**case, "cin": group * case["cin"], "cout": group * case["cout"]}
     model = randomise_bn(Small(**case).eval(), seed)
     x = torch.randn(batch, 3, height, width)
     check(model, x, threads=threads, isa=isa)
-    selective = select(model, SelectionConfig(predictor="low-rank" if low else "full")).eval()
+    selective = select(model, SelectionConfig(predictor="low-rank" if low else "full", group=group)).eval()
     train_like(selective, seed, static=0.4 if masks else 0.0, pruned=0.3 if masks else 0.0, spread=0.5)
     round_predictors(selective)
     set_density(selective, density)

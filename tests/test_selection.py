@@ -40,6 +40,7 @@ CONFIGS = {
     "raw-bounded": SelectionConfig(standardise=False),
     "standardised-unbounded": SelectionConfig(bounded=False),
     "low-rank": SelectionConfig(predictor="low-rank", rank_divisor=3),
+    "groups": SelectionConfig(group=4),
 }
 
 
@@ -170,7 +171,7 @@ def test_a_unit_computes_the_equations(config: SelectionConfig, density: str, tr
     out = module(x)
     np.testing.assert_allclose(out.numpy(), expected, rtol=1e-9, atol=1e-11)
     assert np.array_equal(module.gate.active_BC.numpy(), active)
-    assert (active.sum(1) <= winners_exactly(density, 12)).all()
+    assert (active.sum(1) <= config.group * winners_exactly(density, 12 // config.group)).all()
     if density == "0.3":
         assert len({tuple(row) for row in active}) > 1, "the choice should depend on the image"
 
@@ -245,6 +246,22 @@ def test_exactly_k_win_and_they_are_the_largest(seed: int, channels: int, densit
     for score, active in zip(score_BC, active_BC, strict=True):
         if k < channels:
             assert score[active].min() >= score[~active].max()
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(1, 9), st.integers(2, 8), st.floats(0.01, 1.0))
+@settings(max_examples=40)
+def test_groups_of_the_largest_sum_win_together(seed: int, groups: int, size: int, density: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    score_BC = 1e-3 + torch.rand(3, groups * size, generator=generator)
+    score_BC[:, ::3] = 0  # these never win, and do not count
+    k = size * winners(density, groups)
+    active_BC = winner_take_all(score_BC, k, size)
+    sum_BG = score_BC.unflatten(1, (groups, size)).sum(2)
+    for score, total, active in zip(score_BC, sum_BG, active_BC, strict=True):
+        best = sorted(range(groups), key=lambda g: float(total[g]), reverse=True)[: k // size]
+        assert active.nonzero().flatten().tolist() == [
+            c for c in range(len(score)) if c // size in best and score[c] > 0
+        ]
 
 
 def test_a_score_of_zero_never_wins() -> None:
@@ -492,6 +509,10 @@ def test_mistakes_are_named(tiny_resnet: nn.Module) -> None:
         select(selected)
     with pytest.raises(ConfigError, match="rank-divisor"):
         SelectionConfig(rank_divisor=0)
+    with pytest.raises(ConfigError, match="group must be at least 1"):
+        SelectionConfig(group=0)
+    with pytest.raises(ConfigError, match=r"group 7 does not go into the \d+ channels of conv1"):
+        select(tiny_resnet, SelectionConfig(group=7))
 
 
 def test_all_families_run_at_a_low_density() -> None:

@@ -8,6 +8,7 @@
     cheap      today's default: the same with predictors of 3 x 3 convolutions only, other scales constants
     learned    the same with `--descent.scales learned`: scales are constants, no predictors
     choosing   `--descent.no-settle`, the paper's way: every image has winners of its own
+    choosing8  the same with `--selection.group 8`; choosing16 likewise
 """
 
 from __future__ import annotations
@@ -35,12 +36,25 @@ def dense(arch: str, size: int) -> nn.Module:
     return model
 
 
-def choosing(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "full") -> tuple[nn.Module, float]:
+def choosing(
+    model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "full", group: int = 1
+) -> tuple[nn.Module, float]:
     """Selection at uniform densities that cost 1 / ``ratio``, and the ratio counted on ``x_BCHW``."""
-    selective = _selective(model, predictor, std=0.1)
+    selective = afds.select(model, SelectionConfig(predictor=predictor, group=group)).eval()  # type: ignore[arg-type]
+    _let_learn(selective, std=0.1)
     _see(selective, x_BCHW.shape[-1])  # or pooled inputs are not standardised, and half of deep networks never wins
     solve(selective, uniform(selective), ratio, [x_BCHW])
     return selective, CostMeter(selective).mean([x_BCHW]).ratio
+
+
+def choosing8(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "full") -> tuple[nn.Module, float]:
+    """As `choosing`, eight neighbouring channels at a time."""
+    return choosing(model, ratio, x_BCHW, predictor, group=8)
+
+
+def choosing16(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "full") -> tuple[nn.Module, float]:
+    """As `choosing`, sixteen neighbouring channels at a time."""
+    return choosing(model, ratio, x_BCHW, predictor, group=16)
 
 
 def settled(model: nn.Module, ratio: float, x_BCHW: Tensor, predictor: str = "full") -> tuple[nn.Module, float]:
@@ -76,12 +90,6 @@ def _settle(selective: nn.Module, ratio: float, x_BCHW: Tensor) -> tuple[nn.Modu
     _let_learn(selective, std=0.003)  # all that is left is computed, as in trained networks
     _see(selective, x_BCHW.shape[-1])
     return selective, CostMeter(selective).mean([x_BCHW]).ratio
-
-
-def _selective(model: nn.Module, predictor: str, std: float) -> nn.Module:
-    selective = afds.select(model, SelectionConfig(predictor=predictor)).eval()  # type: ignore[arg-type]
-    _let_learn(selective, std)
-    return selective
 
 
 def _let_learn(selective: nn.Module, std: float) -> None:

@@ -47,8 +47,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[5.0, 10.0])
-    parser.add_argument("--kinds", nargs="+", choices=["settled", "low_rank", "cheap", "learned", "choosing"],
-                        default=["cheap", "learned", "choosing"])  # fmt: skip
+    kinds = ["settled", "low_rank", "cheap", "learned", "choosing", "choosing8", "choosing16"]
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=["cheap", "learned", "choosing"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--size", type=int, default=224, help="pixels, a side of the square image")
     parser.add_argument("--predictor", choices=["full", "low-rank"], default="full")

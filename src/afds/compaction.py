@@ -22,6 +22,7 @@ a plain, smaller network for any runtime.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,8 @@ class Couplings:
     """(C,) bool of a class: not always zero. Classes that cannot be cut are not in it."""
     least: dict[int, int] = field(default_factory=dict)
     """Channels that must stay, where more than one must."""
+    group: dict[int, int] = field(default_factory=dict)
+    """So many neighbours go together or not at all, where more than one do."""
 
     def producers(self) -> dict[str, int]:
         """Class of what each convolution gives out."""
@@ -68,7 +71,8 @@ class Couplings:
 
     def index(self, multiple_of: int = 1) -> dict[int, Tensor]:
         """The channels to keep of every class from which some go."""
-        found = {n: _rounded(alive, self.least.get(n, 1), multiple_of) for n, alive in self.alive.items()}
+        found = {n: _rounded(alive, self.least.get(n, 1), multiple_of, self.group.get(n, 1))
+                 for n, alive in self.alive.items()}  # fmt: skip
         return {n: index for n, index in found.items() if len(index) < self.channels[n]}
 
 
@@ -152,7 +156,7 @@ def freeze(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """A copy of a selective network with one choice for all images: what these images use.
 
     In each unit stay the k channels that win most often, at their mean saliency (between equals the larger mean
-    rank value); the others are pruned.
+    rank value), one by one also where they were chosen in groups; the others are pruned.
 
     Args:
         batches: training images (B, 3, H, W).
@@ -167,6 +171,7 @@ def freeze(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
         gate.gamma.copy_(mean_C)
         gate.dynamic.fill_(False)
         gate.kept.copy_(chosen_C)
+        gate.group, gate.density = 1, k / len(chosen_C)
     return model
 
 
@@ -222,7 +227,7 @@ def static(model: nn.Module, batches: Iterable[Tensor], *, multiple_of: int = 1)
 def _always(gate: Gate) -> Tensor:
     """(C,) bool: active for every image; of a gate without dynamic channels."""
     q_C = F.relu(gate.gamma.detach()) * gate.kept
-    return winner_take_all((q_C * gate.importance)[None], gate.k)[0]
+    return winner_take_all((q_C * gate.importance)[None], gate.k, gate.group)[0]
 
 
 # --- Who is tied to whom
@@ -332,6 +337,8 @@ def _number(
         conv = module.conv if isinstance(module, SelectiveConvBN) else module
         if isinstance(conv, nn.Conv2d) and is_depthwise(conv):
             found.least[layer.out] = 2  # one channel alone would no longer be told from an ordinary convolution
+        if isinstance(module, SelectiveConvBN) and isinstance(module.gate, Gate) and module.gate.group > 1:
+            found.group[layer.out] = module.gate.group
     return found
 
 
@@ -374,8 +381,15 @@ def _alive_after(unit: SelectiveConvBN, arriving_C: Tensor) -> Tensor:
     return (gate.kept & (gate.dynamic | (gate.gamma.detach() > 0))).cpu()
 
 
-def _rounded(alive_C: Tensor, least: int, multiple_of: int) -> Tensor:
-    """Indices of the channels to keep: those alive, at least ``least``, and dead ones up to a multiple."""
+def _rounded(alive_C: Tensor, least: int, multiple_of: int, group: int) -> Tensor:
+    """Indices of the channels to keep: those alive, at least ``least``, and dead ones up to a multiple.
+
+    group: so many neighbours stay where one of them does.
+    """
+    if group > 1:
+        alive_G = alive_C.unflatten(0, (-1, group)).any(1)
+        kept = _rounded(alive_G, math.ceil(least / group), math.ceil(multiple_of / group), 1)
+        return (kept[:, None] * group + torch.arange(group)).flatten()
     wanted = max(least, int(alive_C.sum()))
     wanted = min(len(alive_C), -(-wanted // multiple_of) * multiple_of)
     order = torch.argsort(~alive_C, stable=True)  # the living first

@@ -454,7 +454,7 @@ def resolve_method(config: FitConfig) -> FitConfig:
 
 
 def refuse_idle(config: FitConfig) -> None:
-    """Options that this method would not look at.
+    """Options that this method, resolved, would not look at.
 
     Raises:
         ConfigError: it names the option, and whose it is.
@@ -466,6 +466,9 @@ def refuse_idle(config: FitConfig) -> None:
     if config.anchor and transfer not in ANCHORED:
         raise ConfigError(f"--anchor is of the methods {' and '.join(f'{t}+...' for t in ANCHORED)}, and --method "
                           f"{config.method} would not look at it: leave it out.")  # fmt: skip
+    if config.selection.group > 1 and config.method == "afds" and config.descent.settle and config.budget != "1x":
+        raise ConfigError(f"--selection.group {config.selection.group} is of networks in which each image chooses: "
+                          "add --descent.no-settle, or leave it out.")  # fmt: skip
 
 
 def _as_published(config: FitConfig) -> FitConfig:

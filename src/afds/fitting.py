@@ -68,9 +68,9 @@ def _fit(config: FitConfig, quiet: bool, held: contextlib.ExitStack) -> FitResul
         begun = _resumed(config.resume, config.data)
         _only_resume(config)
         config = begun
-    else:
-        refuse_idle(config)
     config = _absolute(resolve_method(config))
+    if config.resume is None:
+        refuse_idle(config)
     if config.data is None or config.out is None:
         missing = "a folder of photos" if config.data is None else "--out RUN, the folder to write"
         raise ConfigError(f"afds fit needs {missing} (or --resume RUN).")

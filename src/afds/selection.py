@@ -60,10 +60,14 @@ class SelectionConfig:
     """Rank winners by saliency times a per-channel importance. False ranks by saliency alone, the paper's rule."""
     bounded: bool = True
     """Cap saliencies at ten times the largest of the start, so that they stay finite."""
+    group: int = 1
+    """Where each image chooses (--descent.no-settle): so many neighbouring channels win or lose together, by the sum
+    of their rank values (ours). 8 is faster in bf16 and in exported files, and dearer in accuracy."""
 
     def __post_init__(self) -> None:
-        if self.rank_divisor < 1:
-            raise ConfigError(f"selection.rank-divisor must be at least 1, got {self.rank_divisor}.")
+        for option, value in (("rank-divisor", self.rank_divisor), ("group", self.group)):
+            if value < 1:
+                raise ConfigError(f"selection.{option} must be at least 1, got {value}.")
 
 
 def winners(density: float, channels: int) -> int:
@@ -71,11 +75,17 @@ def winners(density: float, channels: int) -> int:
     return max(1, min(channels, math.ceil(density * channels - 1e-6)))
 
 
-def winner_take_all(score_BC: Tensor, k: int) -> Tensor:
-    """Boolean mask of the k largest scores of each row; a score of zero or less never wins."""
+def winner_take_all(score_BC: Tensor, k: int, group: int = 1) -> Tensor:
+    """Boolean mask of the k largest scores of each row; a score of zero or less never wins.
+
+    group: so many neighbours win together, those whose scores have the largest sum; k and C are multiples of it.
+    """
     positive_BC = score_BC > 0
     if k >= score_BC.shape[1]:
         return positive_BC
+    if group > 1:
+        sum_BG = score_BC.clamp_min(0).unflatten(1, (-1, group)).sum(2)
+        return winner_take_all(sum_BG, k // group).repeat_interleave(group, 1) & positive_BC
     index_Bk = score_BC.topk(k, dim=1, sorted=False).indices
     return torch.zeros_like(positive_BC).scatter(1, index_Bk, True) & positive_BC
 
@@ -181,6 +191,7 @@ class Gate(nn.Module):
         self.predictor = Predictor(in_channels, start_C, config, full_channels)
         self.gamma = nn.Parameter(start_C.clone())
         self.density = 1.0
+        self.group = config.group
         self.register_buffer("sign", torch.where(gamma_C < 0, -1.0, 1.0))
         self.register_buffer("dynamic", torch.ones(channels, dtype=torch.bool))
         self.register_buffer("kept", torch.ones(channels, dtype=torch.bool))
@@ -195,8 +206,9 @@ class Gate(nn.Module):
 
     @property
     def k(self) -> int:
-        """Winners per image."""
-        return winners(self.density, self.sign.numel())
+        """Winners per image: ceil(d G) groups of them."""
+        channels = self.sign.numel()
+        return min(channels, self.group * winners(self.density, math.ceil(channels / self.group)))
 
     @property
     def active_BC(self) -> Tensor | None:  # noqa: N802
@@ -262,7 +274,7 @@ class Gate(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         q_BC = self.saliency(x_BCHW)
         with torch.no_grad():
-            active_BC = self.latest.active_BC = winner_take_all(q_BC.detach() * self.importance, self.k)
+            active_BC = self.latest.active_BC = winner_take_all(q_BC.detach() * self.importance, self.k, self.group)
         return q_BC * active_BC * self.sign
 
 
@@ -329,12 +341,20 @@ def select(model: nn.Module, config: SelectionConfig | None = None, *, density: 
         A copy of ``model`` whose every ConvBN unit, stem and shortcuts included, is a `SelectiveConvBN`.
     Raises:
         SourceError: the architecture is not supported (named with the layer that is the reason).
-        ConfigError: density out of range, or selection is in this model already.
+        ConfigError: density out of range, selection is in this model already, or a width is no multiple of the group.
     """
     config = config or SelectionConfig()
     if any(True for _ in selective_units(model)):
         raise ConfigError("This network carries selection already: set_density() changes its density.")
     units = convbn_units(model)
+    for unit in units:
+        norm = model.get_submodule(unit.norm)
+        assert isinstance(norm, nn.BatchNorm2d)
+        if norm.num_features % config.group and not unit.depthwise:
+            raise ConfigError(
+                f"selection.group {config.group} does not go into the {norm.num_features} channels of {unit.name}: "
+                "give a number that divides the channels of all layers, such as 8, or leave it out."
+            )
     model = copy.deepcopy(model)
     gates: dict[str, Gate | FollowingGate] = {}
     leading = {name for unit in units for name in unit.leaders}

@@ -29,7 +29,7 @@ from afds.compare.plan import (
 )  # fmt: skip
 from afds.compare.pools import make_pool
 from afds.compare.rows import Row
-from afds.config import FitConfig, resolve_method, to_json
+from afds.config import FitConfig, refuse_idle, resolve_method, to_json
 from afds.data import make_splits, scan
 from afds.errors import AfdsError, ConfigError, RunFolderError, TrainingError
 from afds.files import alone_in, check_beside, check_place, is_empty, read_json, write_atomic, write_json
@@ -128,7 +128,9 @@ def preflight(c: CompareConfig, console: Console) -> dict[str, str]:
                 try:
                     # The source step has data of its own and is checked by its own fit.
                     config = dataclasses.replace(whole_fit(c, row, data, budget, 0), source_data=None)
-                    Setup(resolve_method(config), splits, fabric, rehearsal=True)
+                    config = resolve_method(config)
+                    refuse_idle(config)
+                    Setup(config, splits, fabric, rehearsal=True)
                 except AfdsError as error:
                     raise type(error)(f"{row.name} at {budget} on {data}: {error}") from error
     return prints

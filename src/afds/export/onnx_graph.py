@@ -83,6 +83,9 @@ class OnnxOps:
     def row(self, x: Handle) -> Handle:
         return self.emit("Flatten", x, axis=1)
 
+    def reshape(self, x: Handle, shape: tuple[int, ...]) -> Handle:
+        return self.emit("Reshape", x, self._shape(*shape))
+
     def flat(self, x: Handle) -> Handle:
         return self.emit("Reshape", x, self._shape(-1))
 

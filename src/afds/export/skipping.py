@@ -10,6 +10,7 @@
                                                '--> stream[i] <- relu(stream[i] + y)        the rest is unchanged
 
 k = ceil(d C) is fixed, so every shape is; only the indices differ from image to image, hence one image at a time.
+Where channels are chosen in groups, weights are gathered by blocks of so many filters or columns, which lie together.
 Inside of a block maps stay compact, from producer to consumer; a residual stream is dense and is updated where a block
 has written. The rank value of a channel is its saliency times its importance; importance, the norm's variance and
 gamma's sign are folded into the weights, the norm's mean into the bias.
@@ -47,6 +48,10 @@ class Map:
     """(K,) the channels that x holds; the others are zero. None: x holds all."""
     count: int = 0
     """K."""
+    groups: Handle | None = None
+    """(K / group,) the groups that these channels are, where they were chosen so."""
+    group: int = 1
+    """Channels of each."""
     mask: Handle | None = None
     """(K,) or (C,), 1.0 where a channel is active, 0.0 where it is not; None: all are."""
     positive: bool = False
@@ -72,6 +77,7 @@ class Ops(Protocol):
     def row(self, x: Handle) -> Handle:
         """(1, C, 1, 1) -> (1, C)"""
 
+    def reshape(self, x: Handle, shape: tuple[int, ...]) -> Handle: ...
     def flat(self, x: Handle) -> Handle:
         """-> (n,)"""
 
@@ -198,7 +204,7 @@ class Lowering:
         weight, bias = conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
         if conv.groups > 1:
             x = _dense(ops, x, self._shape_before(node))
-        w = weight if x.index is None else ops.gather(weight, x.index, 1)
+        w = _columns(ops, weight, x, conv.out_channels, conv)
         return Map(ops.conv(x.x, w, bias, conv, conv.groups), conv.out_channels, self._size(node))
 
     def _add(self, ops: Ops, node: fx.Node, one: Map, other: Map) -> Map:
@@ -246,14 +252,18 @@ def _unit(ops: Ops, unit: SelectiveConvBN, x: Map, shape: tuple[int, ...], size:
     if conv.groups > 1:
         return _grouped(ops, unit, weight, mean_C, _dense(ops, x, shape), size)
     rank = _rank(ops, gate, x)
-    k = gate.k
+    k, groups = gate.k, None
     if k == conv.out_channels:  # nothing is suppressed: the weights need no gathering by rows
         v, index, rows, beta, shift = ops.flat(rank), None, weight, beta_C, mean_C
     else:
-        v, index = ops.top(rank, k)
-        rows, beta, shift = (ops.gather(table, index, 0) for table in (weight, beta_C, mean_C))
-    if x.index is not None:
-        rows = ops.gather(rows, x.index, 1)
+        v, index, groups = _top(ops, gate, rank)
+        beta, shift = (ops.gather(table, index, 0) for table in (beta_C, mean_C))
+        if groups is None:
+            rows = ops.gather(weight, index, 0)
+        else:
+            blocks = ops.gather(weight.unflatten(0, (-1, gate.group)), groups, 0)
+            rows = ops.reshape(blocks, (k, *weight.shape[1:]))
+    rows = _columns(ops, rows, x, k, conv)
     active = ops.sign(v)
     bias = ops.add(ops.mul(active, beta), ops.mul(v, shift))
     arriving = x.count if x.index is not None else conv.in_channels
@@ -263,7 +273,29 @@ def _unit(ops: Ops, unit: SelectiveConvBN, x: Map, shape: tuple[int, ...], size:
         y = ops.add(ops.mul(y, ops.column(v)), ops.column(bias))
     else:
         y = ops.conv(x.x, ops.mul(rows, ops.filters(v)), bias, conv, 1)
-    return Map(y, conv.out_channels, size, index, k if index is not None else 0, active)
+    return Map(y, conv.out_channels, size, index, k if index is not None else 0, groups, gate.group, active)
+
+
+def _top(ops: Ops, gate: Gate, rank: Handle) -> tuple[Handle, Handle, Handle | None]:
+    """The rank values of the k winners (k,), which channels they are (k,), and which groups (k / group,)."""
+    if gate.group == 1:
+        return *ops.top(rank, gate.k), None
+    size, channels = gate.group, gate.sign.numel()
+    blocks = ops.reshape(rank, (channels // size, size))
+    _, groups = ops.top(ops.linear(blocks, torch.ones(size, 1), None), gate.k // size)
+    members = torch.arange(channels).unflatten(0, (-1, size))
+    return ops.flat(ops.gather(blocks, groups, 0)), ops.flat(ops.gather(members, groups, 0)), groups
+
+
+def _columns(ops: Ops, rows: Handle, x: Map, count: int, conv: nn.Conv2d) -> Handle:
+    """Of so many filters (count, C_in, H, W) the inputs that are there."""
+    if x.index is None:
+        return rows
+    if x.groups is None:
+        return ops.gather(rows, x.index, 1)
+    window = conv.kernel_size
+    blocks = ops.reshape(rows, (count, x.channels // x.group, x.group * window[0] * window[1]))
+    return ops.reshape(ops.gather(blocks, x.groups, 1), (count, x.count, *window))
 
 
 def _constant(
@@ -276,9 +308,7 @@ def _constant(
     active_C = (v_C * gate.importance > 0).double()
     scale_C = scale_C * gate.sign * v_C * active_C
     bias_C = (unit.beta.detach() * active_C - mean_C * scale_C).float()
-    rows: Handle = (weight * scale_C[:, None, None, None]).float()
-    if x.index is not None:
-        rows = ops.gather(rows, x.index, 1)
+    rows = _columns(ops, (weight * scale_C[:, None, None, None]).float(), x, conv.out_channels, conv)
     mask = None if bool(active_C.all()) else active_C.float()
     return Map(ops.conv(x.x, rows, bias_C, conv, conv.groups), conv.out_channels, size, mask=mask)
 
@@ -343,7 +373,7 @@ def _grouped(ops: Ops, unit: SelectiveConvBN, weight: Tensor, mean_C: Tensor, x:
     assert isinstance(gate, Gate)
     rank = _rank(ops, gate, x)
     if gate.k < conv.out_channels:
-        v, index = ops.top(rank, gate.k)
+        v, index, _ = _top(ops, gate, rank)
         rank = ops.put_flat(ops.zeros((conv.out_channels,)), index, v)
     v, beta_C = ops.flat(rank), unit.beta.detach()
     active = ops.sign(v)
@@ -461,6 +491,9 @@ class TorchOps:
 
     def row(self, x: Tensor) -> Tensor:
         return x.flatten(1)
+
+    def reshape(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return x.reshape(shape)
 
     def flat(self, x: Tensor) -> Tensor:
         return x.reshape(-1)

@@ -71,7 +71,7 @@ def fold_unit(unit: SelectiveConvBN, bf16: bool) -> Folded:
     dynamic = (gate.dynamic & gate.kept).cpu()
     if not dynamic.any():
         score = constant.float() * gate.importance.detach().cpu()
-        wins = winner_take_all(score[None], gate.k)[0]
+        wins = winner_take_all(score[None], gate.k, gate.group)[0]
         pi = constant * sign * wins
         fixed = wins.nonzero().flatten().tolist()
         return Folded({**_scaled(unit.conv, factor * pi, bf16), "bias": f32(b * pi + beta)},
@@ -83,7 +83,7 @@ def fold_unit(unit: SelectiveConvBN, bf16: bool) -> Folded:
     }  # fmt: skip
     tensors.update(_fold_predictor(gate, dynamic))
     return Folded(tensors, {
-        "rows": "dynamic", "k": gate.k, "dynamic": dynamic.nonzero().flatten().tolist(),
+        "rows": "dynamic", "k": gate.k, "group": gate.group, "dynamic": dynamic.nonzero().flatten().tolist(),
         "rank": gate.predictor.rank, "ceiling": float(gate.predictor.ceiling),
     })  # fmt: skip
 

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from afds.errors import ConfigError, RunFolderError
 
-FORMAT = 4
+FORMAT = 5
 PRECISIONS = ("float32", "bf16")
 ACTS = ("none", "relu", "relu6", "silu", "hardswish", "sigmoid", "hardsigmoid")  # as in kernels/table.h
 TENSORS = {  # fields of an op that name a tensor
