@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afds.config import OptimConfig
+from afds.config import FitConfig, OptimConfig, RecoveryConfig, recovering
 from afds.mixing import mix, mixture, paste
 
 
@@ -71,3 +73,11 @@ def test_a_step_is_mixed_as_often_as_the_options_say() -> None:
     flat = [mixture([x_BCHW], OptimConfig(mixup=1.0, cutmix=0.5))[0][0][0] for _ in range(200)]
     pasted = sum(bool((image == image.round()).all()) for image in flat)
     assert 70 < pasted < 140, "half of them are pasted, and hold whole numbers only"
+
+
+def test_short_trainings_do_not_mix() -> None:
+    def share(epochs: int, **changes: Any) -> float:
+        return recovering(FitConfig(recovery=RecoveryConfig(**changes)), epochs).optim.mixup_share
+
+    assert [share(epochs) for epochs in (1, 35, 36, 240)] == [0, 0, 0.5, 0.5]
+    assert share(12, mixup_share=0.25) == share(120, mixup_share=0.25) == 0.25

@@ -289,8 +289,9 @@ class RecoveryConfig:
     """Weight decay."""
     mixup: float = 1.0
     """Alpha of mixup: the dense network says of blends what it does not say of images that it knows by heart."""
-    mixup_share: float = 0.5
-    """Share of the steps whose images are mixed."""
+    mixup_share: float | None = None
+    """Share of the steps whose images are mixed. Default: half of them, and none in trainings of fewer than 36 epochs,
+    which do not get to know their images by heart (ours, as measured)."""
     cutmix: float = 0.0
     """Of those steps, the share that pastes a rectangle instead of blending."""
     colour: float = 0.4
@@ -304,7 +305,8 @@ class RecoveryConfig:
         _require(0 < self.lr < 100, "recovery.lr", self.lr, "above 0")
         _require(self.weight_decay >= 0, "recovery.weight-decay", self.weight_decay, "0 or more")
         _require(0 <= self.mixup <= 10, "recovery.mixup", self.mixup, "from 0 to 10")
-        _require(0 <= self.mixup_share <= 1, "recovery.mixup-share", self.mixup_share, "from 0 to 1")
+        share = self.mixup_share
+        _require(share is None or 0 <= share <= 1, "recovery.mixup-share", share, "from 0 to 1")
         _require(0 <= self.cutmix <= 1, "recovery.cutmix", self.cutmix, "from 0 to 1")
         _require(self.hints >= 0, "recovery.hints", self.hints, "0 or more")
 
@@ -484,11 +486,15 @@ def _as_published(config: FitConfig) -> FitConfig:
     return dataclasses.replace(config, **parts)
 
 
-def recovering(config: FitConfig) -> FitConfig:
-    """The options with those of `recovery` in their places."""
+MIXED_FROM = 36  # epochs
+
+
+def recovering(config: FitConfig, epochs: int) -> FitConfig:
+    """The options with those of `recovery` in their places, for a training of so many epochs."""
     r = config.recovery
+    share = (0.5 if epochs >= MIXED_FROM else 0.0) if r.mixup_share is None else r.mixup_share
     optim = dataclasses.replace(config.optim, optimizer=r.optimizer, lr=r.lr, weight_decay=r.weight_decay,
-                                mixup=r.mixup, mixup_share=r.mixup_share, cutmix=r.cutmix)  # fmt: skip
+                                mixup=r.mixup, mixup_share=share, cutmix=r.cutmix)  # fmt: skip
     return dataclasses.replace(config, optim=optim, distillation=dataclasses.replace(config.distillation,
                                                                                      hints=r.hints))  # fmt: skip
 

@@ -146,15 +146,6 @@ class Setup:
         selects = has_selection(network) and self.ratio > 1
         best = selects and self.is_base and config.method == "afds"
         settles, refits = best and config.descent.settle, best and config.descent.reconstruct > 0
-        if settles:
-            config = recovering(config)
-        reference = copy.deepcopy(network).requires_grad_(False) if refits else None
-        terms, teacher = self._transfer(config, transfer, dense_network, size)
-        if compression == "slimming" and self.ratio == 1 and config.pruning.sparsity > 0:
-            terms.append(Sparsity(config.pruning.sparsity))
-        task = Task(network, terms, config, self._heads(network))
-        task.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
         o, d = config.optim, config.data_options
         augment = Augment(crop=d.crop, scale=(d.scale, 1.0), flip=d.flip,
                           colour=config.recovery.colour if settles else d.colour)  # fmt: skip
@@ -169,6 +160,14 @@ class Setup:
                               "are too few for a step. Give a smaller batch, or fewer devices.")  # fmt: skip
         epochs = o.epochs or default_epochs(len(items), self.ratio if settles else 1.0)
         total_steps = epochs * len(train_loader)
+        if settles:
+            config = recovering(config, epochs)
+        reference = copy.deepcopy(network).requires_grad_(False) if refits else None
+        terms, teacher = self._transfer(config, transfer, dense_network, size)
+        if compression == "slimming" and self.ratio == 1 and config.pruning.sparsity > 0:
+            terms.append(Sparsity(config.pruning.sparsity))
+        task = Task(network, terms, config, self._heads(network))
+        task.to(fabric.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return Plan(
             config=config, task=task, train_loader=train_loader,
             val_loader=self.eval_loader(splits.val), probe=probe,
