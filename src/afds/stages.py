@@ -117,7 +117,8 @@ def settle_winners(
         t = solve_latency(network, allocation, plan.ms, plan.stopwatch, place=winners.place,
                           spend=winners.spend) if alone else 0.0  # fmt: skip
     else:
-        t = solve(network, allocation, descent.ratio, plan.probe, steps=14, place=winners.place, spend=winners.spend,
+        one = [plan.probe[0][:1]]  # the choice is the same for all images, and so is what they cost
+        t = solve(network, allocation, descent.ratio, one, steps=14, place=winners.place, spend=winners.spend,
                   reference=plan.reference_macs)  # fmt: skip
     chosen = densities(network)
     if eliminate is not None:  # again, now that it is known which outputs need their inputs
