@@ -105,11 +105,14 @@ def settle_winners(
     network.eval()
     crops = plan.refit_on() if plan.reference is not None and plan.refit_on is not None else []
     refit = Reconstruction(plan.reference, crops) if plan.reference is not None and crops else None
-    importance = estimate(network, plan.labelled)
-    eliminate, worth = None, importance.taylor
+    eliminate, worth = None, {}
     if d.worth == "elimination" and crops:
         eliminate = Elimination(network, crops, plan.labelled, ridge=d.ridge, told=told("weighing channels"))
-        worth = {**worth, **eliminate()}
+        worth = eliminate()
+    importance = None
+    if d.allocation in ("importance", "refit") or not gates(network).keys() <= worth.keys():
+        importance = estimate(network, plan.labelled)
+        worth = {**importance.taylor, **worth}
     winners = Winners(worth, tied_units(network), d.multiple_of)
     allocation = _allocation(plan, state, importance, crops, winners, record, told("sharing out the density"))
     if plan.ms is not None and plan.stopwatch is not None:
@@ -136,7 +139,7 @@ def settle_winners(
     cost = CostMeter(network, plan.reference_macs)(plan.probe[0][:1])[1]
     record.write("stage", epoch=epoch, step=step, target_ratio=descent.ratio, ratio=cost.ratio, t=t, densities=chosen,
                  thresholds={}, unexplained=unexplained, **mask_counts(network))  # fmt: skip
-    stay, channels = sum(len(out) for out in state.settled.values()), sum(importance.taylor[n].numel() for n in chosen)
+    stay, channels = sum(len(out) for out in state.settled.values()), sum(len(worth[n]) for n in chosen)
     progress({"settled": cost.ratio, "stay": stay, "channels": channels, "seconds": time.perf_counter() - started})
     state.stage += 1
     network.train()
@@ -144,7 +147,7 @@ def settle_winners(
 
 
 def _allocation(
-    plan: Plan, state: State, importance: Importance, crops: Sequence[Tensor],
+    plan: Plan, state: State, importance: Importance | None, crops: Sequence[Tensor],
     winners: Winners, record: Record, tell: Callable[[int, int], None],
 ) -> Allocation:  # fmt: skip
     """The path of densities along which the network settles; ``tell`` hears how many ways of how many were tried."""
