@@ -373,6 +373,13 @@ def test_training_from_scratch_is_not_the_dense_row(finished: tuple[CompareConfi
     assert "dense: l2." in footnote(found, "l2+l1", 1)
 
 
+def test_epochs_of_a_base_behind_a_source_step_count(finished: tuple[CompareConfig, list[dict[str, Any]]]) -> None:
+    config, lines = finished
+    own = {"source": "resnet18", "source_data": "photos"}  # no shared base: the run has trained one of its own
+    stepped = [line | {"row": "step", "config": line["config"] | own} for line in lines if line["row"] == "l2+l1"]
+    assert cells(stepped, "step")[0].epochs == config.epochs + config.base_epochs
+
+
 def test_photos_that_have_changed_are_refused(room: Path, tmp_path: Path) -> None:
     shutil.copytree(room / "photos", tmp_path / "photos")
     config = dataclasses.replace(options(room, tmp_path / "out", seeds=1), data=(tmp_path / "photos",))

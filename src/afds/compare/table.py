@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
-from afds.config import parse_method
+from afds.config import PRUNED, parse_method
 from afds.files import write_atomic, write_json
 from afds.stats import Difference, paired, paired_images, spread
 
@@ -74,7 +74,9 @@ def cells(lines: Sequence[dict[str, Any]], reference: str) -> list[Cell]:
 
 
 def _epochs(config: dict[str, Any]) -> int:
-    after_base = "bases" in Path(config["source"]).parts
+    # After a source step, what is cut starts from a base that the run has trained by itself.
+    cut = config["method"] == "afds" or parse_method(config["method"])[1] in PRUNED
+    after_base = "bases" in Path(config["source"]).parts or (config.get("source_data") and cut)
     return int(config["optim"]["epochs"] + (config["base_epochs"] if after_base else 0))
 
 
