@@ -184,7 +184,7 @@ def whole_fit(c: CompareConfig, row: Row, data: Path, budget: str, seed: int) ->
     config = dataclasses.replace(row.apply(common(c, data)), budget=budget, seed=seed)
     if "small" not in parse_method(row.method)[1]:
         config = dataclasses.replace(config, small_source="")
-    if not _two_steps(config):
+    if not two_steps(config):
         epochs = config.optim.epochs + c.base_epochs
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, epochs=epochs))
     return config
@@ -257,7 +257,7 @@ def identity(c: CompareConfig) -> dict[str, Any]:
     return values
 
 
-def _two_steps(config: FitConfig) -> bool:
+def two_steps(config: FitConfig) -> bool:
     """Whether the delivered network itself learns in two steps: from a base on, not only from its logits."""
     transfer, compression = parse_method(config.method)
     return base_of(config) is not None and not (transfer == "kd" and compression in ("dense", "small"))

@@ -15,7 +15,8 @@ from typing import Any
 
 from rich.table import Table
 
-from afds.config import PRUNED, parse_method
+from afds.compare.plan import two_steps
+from afds.config import FitConfig, parse_method
 from afds.files import write_atomic, write_json
 from afds.stats import Difference, paired, paired_images, spread
 
@@ -74,10 +75,8 @@ def cells(lines: Sequence[dict[str, Any]], reference: str) -> list[Cell]:
 
 
 def _epochs(config: dict[str, Any]) -> int:
-    # After a source step, what is cut starts from a base that the run has trained by itself.
-    cut = config["method"] == "afds" or parse_method(config["method"])[1] in PRUNED
-    after_base = "bases" in Path(config["source"]).parts or (config.get("source_data") and cut)
-    return int(config["optim"]["epochs"] + (config["base_epochs"] if after_base else 0))
+    cuts_a_base = two_steps(FitConfig(method=config["method"], budget=config["budget"]))
+    return int(config["optim"]["epochs"] + (config["base_epochs"] if cuts_a_base else 0))
 
 
 def _is_dense(group: list[dict[str, Any]]) -> bool:
