@@ -21,6 +21,7 @@ from afds.compare.table import Cell, cells, footnote, markdown, texts
 from afds.errors import ConfigError
 from afds.files import write_atomic
 from afds.record import read_lines
+from afds.schedule import parse_budget
 
 BEGIN, END = "<!-- lab:begin -->", "<!-- lab:end -->"
 
@@ -62,13 +63,12 @@ def main(options: Options) -> None:
 
 
 def brief(found: Sequence[Cell]) -> str:
-    """A line for each row: its test accuracy at 1x where it is dense, else at each of the other budgets."""
-    budgets = [b for b in dict.fromkeys(cell.budget for cell in found) if b != "1x"]
+    """A line for each row: its test accuracy at each budget, the whole network's first."""
+    budgets = sorted(dict.fromkeys(cell.budget for cell in found), key=lambda budget: parse_budget(budget).ratio or 0)
     lines = ["| test accuracy | " + " | ".join(budgets) + " |", "|---" * (len(budgets) + 1) + "|"]
     for data, row in dict.fromkeys((cell.data, cell.row) for cell in found):
         own = {cell.budget: texts(cell)[3] for cell in found if (cell.data, cell.row) == (data, row)}
-        shown = [own["1x"] + " (1x)"] * len(budgets) if set(own) == {"1x"} else [own.get(b, "-") for b in budgets]
-        lines.append(f"| {row} | " + " | ".join(shown) + " |")
+        lines.append(f"| {row} | " + " | ".join(own.get(budget, "") for budget in budgets) + " |")
     return "\n".join(lines) + "\n"
 
 
