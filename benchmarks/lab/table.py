@@ -10,6 +10,7 @@ accuracies only, a column for each budget.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,8 @@ def main(options: Options) -> None:
 
 def brief(found: Sequence[Cell]) -> str:
     """A line for each row: its test accuracy at each budget, the whole network's first."""
-    budgets = sorted(dict.fromkeys(cell.budget for cell in found), key=lambda budget: parse_budget(budget).ratio or 0)
+    asked = dict.fromkeys(cell.budget for cell in found)
+    budgets = sorted(asked, key=lambda budget: parse_budget(budget).ratio or math.inf)
     lines = ["| test accuracy | " + " | ".join(budgets) + " |", "|---" * (len(budgets) + 1) + "|"]
     for data, row in dict.fromkeys((cell.data, cell.row) for cell in found):
         own = {cell.budget: texts(cell)[3] for cell in found if (cell.data, cell.row) == (data, row)}
