@@ -24,6 +24,10 @@ def resnet_bottleneck() -> nn.Module:
     return timm.create_model("resnet50", num_classes=CLASSES, layers=(1, 2, 1, 1), channels=(4, 4, 8, 8))
 
 
+def seresnet() -> nn.Module:
+    return timm.create_model("seresnet18", num_classes=CLASSES, layers=(1, 1, 1, 1), channels=(8, 16, 16, 24))
+
+
 def vgg() -> nn.Module:
     cfg = [8, "M", 12, 16, "M", 16, "M"]
     model = VGG(cfg, num_classes=CLASSES, mlp_ratio=0.005, norm_layer=nn.BatchNorm2d)
@@ -49,6 +53,7 @@ def regnet(se_ratio: float = 0.25) -> nn.Module:
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "resnet-basic": resnet_basic,
     "resnet-bottleneck": resnet_bottleneck,
+    "seresnet": seresnet,
     "vgg": vgg,
     "mobilenetv2": mobilenetv2,
     "mobilenetv3": mobilenetv3,

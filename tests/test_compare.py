@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from afds import fitting
 from afds.artifact import is_run
@@ -24,7 +26,7 @@ from afds.compare.page import write_page
 from afds.compare.plan import CANDIDATES, CompareConfig, Trial, identity, make_plan
 from afds.compare.rows import parse_row, read_rows
 from afds.compare.run import compare, to_do
-from afds.compare.table import cells, footnote, markdown, write_tables
+from afds.compare.table import cells, footnote, markdown, terminal, write_tables
 from afds.config import DataConfig, DescentConfig, FitConfig, OptimConfig
 from afds.data import write_digits
 from afds.errors import BudgetError, ConfigError, DataError, RunFolderError, TrainingError
@@ -79,6 +81,9 @@ def test_rows_are_methods_with_options() -> None:
         ("afds[distillation.afd=-1]", "0 or more"),
         ("afds[distillation.afd=much]", "not a valid value"),
         ("afds[budget=2x]", "same for all rows"),
+        ("afds[base_epochs=40]", "same for all rows"),
+        ("afds[latency.threads=2]", "same for all rows"),
+        ("l2+l1[small_source=resnet18]", "no effect without"),
         ("afds[", "Cannot read"),
     ],
 )
@@ -127,7 +132,12 @@ def test_bases_that_no_trial_needs_any_more_are_not_trained(tmp_path: Path) -> N
     left = next(t for t in finals if t.row == "kd+l1" and t.seed == 1)
     lines = {t.key: {} for t in plan if t.kind != "base" and t is not left}
     assert set(to_do(plan, lines)) == {left.key, *left.needs}
-    assert set(to_do(plan, lines | {left.needs[0]: {}})) == {left.key}
+    assert set(to_do(plan, lines | {left.needs[0]: {"error": "it diverged"}})) == {left.key}
+    without_folder = lines | {left.needs[0]: {"error": None}}
+    assert set(to_do(plan, without_folder)) == {left.key, left.needs[0]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("afds.compare.run.is_run", lambda _: True)
+        assert set(to_do(plan, without_folder)) == {left.key}
 
 
 def test_every_row_has_the_same_number_of_trials_and_only_finals_read_the_test_split(
@@ -275,8 +285,104 @@ def test_what_cannot_be_is_refused_before_any_training(room: Path, tmp_path: Pat
     refused(ConfigError, "there twice", methods="l2,l2")
     refused(ConfigError, "none of the rows", reference="afds")
     refused(ConfigError, "--trials", trials=99)
+    refused(ConfigError, "--tune-at 3x is none of --budgets 2x", trials=2, tune_at="3x")
+    refused(ConfigError, "no effect without tuning", tune_at="2x")
+    refused(ConfigError, "'a, b' and 'a b' would share", methods="", rows=named(tmp_path, "a, b", "a b"))
+    refused(DataError, "at 2x on .*nowhere: no such file", methods=f"l2,afds[unlabelled={tmp_path / 'nowhere'}]")
     few = write_digits(tmp_path / "few", range(2), per_class=2, test_per_class=2)
     refused(DataError, "too few", data=(few,))
+
+
+def named(folder: Path, *names: str) -> Path:
+    file = folder / f"{len(names)}.json"
+    file.write_text(json.dumps(dict.fromkeys(names, "l2")))
+    return file
+
+
+def test_names_that_differ_have_folders_that_differ(tmp_path: Path) -> None:
+    long = "afds[descent.allocation=refit,descent.trials=24,recovery.lr=0.001,recovery.mixup=0.5,recovery.colour=0.2]"
+    names = [long, long.replace("0.2", "0.4"), "мало", "много", "少", "l2+slimming by layer, 0.04"]
+    slugs = [row.slug for row in read_rows(named(tmp_path, *names))]
+    assert len(set(slugs)) == len(names)
+    assert max(map(len, slugs)) <= 80
+    assert slugs[-1] == "l2+slimming_by_layer_0.04"  # as ever: results lie there
+
+
+def test_a_row_stays_what_it_was_over_several_starts(
+    finished: tuple[CompareConfig, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = finished
+    out = shutil.copytree(config.out, tmp_path / "out")
+    monkeypatch.setattr("afds.compare.run.fit", lambda *_, **__: pytest.fail("trained again"))
+    fewer = dataclasses.replace(config, out=out, methods="l2")
+    compare(fewer)
+    rows = tmp_path / "rows.json"
+    rows.write_text('{"l2+l1": "l2-sp+l1"}')
+    with pytest.raises(RunFolderError, match=r"the row 'l2\+l1' was"):
+        compare(dataclasses.replace(fewer, rows=rows))
+    rows.write_text('{"l2 + l1": "l2+l1", "l2_+_l1": "l2+l1"}')
+    with pytest.raises(ConfigError, match="would share a folder"):
+        dataclasses.replace(fewer, rows=rows)
+    rows.write_text('{"l2+l1 ": "l2+l1"}')
+    with pytest.raises(RunFolderError, match=r"results of the row 'l2\+l1' lie where"):
+        compare(dataclasses.replace(fewer, rows=rows))
+
+
+def test_a_base_that_diverged_takes_its_rows_along_and_no_others(room: Path, tmp_path: Path) -> None:
+    wild = "l2-sp+l1[transfer.l2_sp=1e300]"
+    config = options(room, tmp_path / "out", seeds=1, methods=f"{wild},l2+l1")
+    lines = {line["row"]: line for line in compare(config) if line["kind"] == "final"}
+    assert "its base, bases/photos/l2-sp+dense" in lines[wild]["error"]
+    assert "The loss is" in lines[wild]["error"]
+    assert lines["l2+l1"]["error"] is None
+    assert [cell.failed for cell in cells(list(lines.values()), "l2+l1")] == [1, 0]
+    assert {line["row"]: line["error"] for line in compare(config) if line["kind"] == "final"} == {
+        row: line["error"] for row, line in lines.items()
+    }
+
+
+def test_a_base_that_is_gone_is_trained_again_where_it_is_needed(
+    finished: tuple[CompareConfig, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    config, lines = finished
+    out = shutil.copytree(config.out, tmp_path / "out")
+    shutil.rmtree(out / "bases")
+    more = dataclasses.replace(config, out=out, seeds=1, budgets="2x,3x")
+    after = {line["key"]: line for line in compare(more)}
+    before = {line["key"]: line for line in lines}
+    assert after["runs/photos/l2+l1/3x/seed0"]["error"] is None
+    assert all(after[key]["hits"] == before[key]["hits"] for key in after.keys() & before.keys())
+
+
+def test_a_begun_trial_goes_on_where_the_photos_are_now(room: Path, tmp_path: Path) -> None:
+    first, moved = tmp_path / "first/photos", tmp_path / "second/photos"
+    shutil.copytree(room / "photos", first)
+    shutil.copytree(room / "photos", moved)
+    config = dataclasses.replace(options(room, tmp_path / "out", methods="l2", seeds=1, epochs=2), data=(first,))
+
+    def interrupt(self: object, event: dict[str, Any]) -> None:
+        if event.get("epoch") == 1:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting.Progress, "update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compare(config)
+    shutil.rmtree(first)
+    (line,) = compare(dataclasses.replace(config, data=(moved,)))
+    assert line["error"] is None
+
+
+def test_names_with_brackets_and_bars_are_shown(finished: tuple[CompareConfig, list[dict[str, Any]]]) -> None:
+    _, lines = finished
+    named = [line | {"row": "no [/afd] | [bold]"} for line in lines if line["row"] == "l2+l1"]
+    found = cells(named, "none")
+    console = Console(width=200, file=io.StringIO())
+    for table in terminal(found):
+        console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    assert "no [/afd] | [bold]" in console.file.getvalue()
+    assert "no [/afd] \\| [bold]" in markdown(found, "")
 
 
 def test_a_changed_comparison_is_refused_and_a_grown_one_is_not(
@@ -409,7 +515,10 @@ def test_paired_t_by_hand() -> None:
     assert both.mean == d.mean
     assert both.high == pytest.approx(d.mean + ((d.high - d.mean) ** 2 + of_images**2) ** 0.5)
     assert both.how.endswith("the error of 6 test images")
-    assert paired([0.5, 0.6], [0.4, 0.5]).clear  # the same difference twice
+    same = paired([0.5, 0.6], [0.4, 0.5])  # the same difference twice, as few images bring about, is no certainty
+    assert same.mean == pytest.approx(0.1)
+    assert same.low is None
+    assert not same.clear
 
 
 def test_mcnemar_by_hand() -> None:
@@ -418,6 +527,11 @@ def test_mcnemar_by_hand() -> None:
     assert d.p == pytest.approx(2 * 0.5**6)
     assert d.low is not None
     assert 0 < d.low < 0.3
+    assert d.clear
+    few = paired_images("1" * 5 + "0" * 35, "0" * 40)
+    assert few.low is not None
+    assert few.low > 0
+    assert not few.clear  # p = 2 / 32
     with pytest.raises(ValueError, match="same images"):
         paired_images("10", "1")
 

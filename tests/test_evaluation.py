@@ -125,6 +125,17 @@ def test_folder_without_splits(run: Path, tmp_path: Path) -> None:
     assert found[0].share == pytest.approx(wrong[found[0].path].top[0][1], abs=1e-5)
 
 
+def test_all_photos_that_cannot_be_read_are_named_and_can_be_left_out(run: Path, tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos")
+    for path in (photos[1], photos[7]):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=rf"(?s)2 photos cannot be read.*{photos[1].name}.*{photos[7].name}.*--skip-un"):
+        evaluate_folder(run, tmp_path / "photos")
+    result = evaluate_folder(run, tmp_path / "photos", skip_unreadable=True)
+    assert result.metrics.images == 10
+    assert result.notes[0].startswith("2 photos cannot be read and are left out")
+
+
 def test_classes_match_by_name(run: Path, tmp_path: Path) -> None:
     """A folder with fewer classes numbers them otherwise: bee is 0 in it, 1 in the run."""
     write_photos(tmp_path / "all")

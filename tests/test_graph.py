@@ -7,7 +7,7 @@ import timm
 from torch import nn
 
 from afds.errors import SourceError
-from afds.graph import convbn_units, stage_ends
+from afds.graph import convbn_units, stage_ends, unit_roles
 from afds.selection import select, selective_units
 from networks import FAMILIES, resnet_basic
 
@@ -163,3 +163,8 @@ class DataDependent(nn.Module):
 def test_a_forward_that_depends_on_its_data_is_refused() -> None:
     with pytest.raises(SourceError, match="DataDependent: its forward cannot be read"):
         convbn_units(DataDependent())
+
+
+def test_what_writes_a_stream_through_a_channel_attention_is_known() -> None:
+    roles = unit_roles(FAMILIES["seresnet"]())
+    assert [name for name, role in roles.items() if role == "stream"] == [f"layer{i}.0.conv2" for i in (1, 2, 3, 4)]

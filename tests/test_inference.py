@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from afds.cores import quota_cores
 from afds.data import ImageError, eval_transform, image_files, read_rgb
-from afds.errors import DataError, RunFolderError
+from afds.errors import ConfigError, DataError, RunFolderError
 from afds.inference import Model, Prediction, load
 from afds.selection import SelectionConfig
 from runs import LABELS, write_photos, write_run
@@ -93,6 +95,8 @@ def test_unreadable_files(model: Model, photos: list[Path], tmp_path: Path) -> N
         _ = found[2].label
     assert found[3].top == model.predict(photos[1]).top
     assert model.predict([broken], on_error="report")[0].error
+    with pytest.raises(ConfigError, match="on_error='Raise'"):
+        model.predict([broken], on_error="Raise")  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("array", [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4, 4), np.uint8),
@@ -129,3 +133,11 @@ def test_image_files(photos: list[Path], tmp_path: Path) -> None:
     for path, message in ((tmp_path / "empty", "no image"), (tmp_path / "nothing", "no such")):
         with pytest.raises(DataError, match=message):
             list(image_files([path]))
+
+
+def test_a_container_share_of_cores(tmp_path: Path) -> None:
+    file = tmp_path / "cpu.max"
+    for text, cores in (("250000 100000\n", 3), ("50000 100000", 1), ("max 100000", sys.maxsize), ("", sys.maxsize)):
+        file.write_text(text)
+        assert quota_cores(file) == cores
+    assert quota_cores(tmp_path / "none") == sys.maxsize

@@ -114,3 +114,15 @@ def test_a_comparison_is_refused_for_the_seeds_that_draw_another_split(photos: P
     preflight(c, Console(quiet=True))
     with pytest.raises(ConfigError, match=r"^seed 1 on .*--seed 0"):
         preflight(dataclasses.replace(c, seeds=2), Console(quiet=True))
+
+
+def test_photos_of_a_source_step_are_known_too(photos: Path, base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(base, run)
+    shutil.copytree(base, run / "source")  # what came before it has learned from `photos`, it itself from others
+    record = json.loads((run / "config.json").read_text())
+    record["config"]["data"] = str(tmp_path / "elsewhere")
+    record["data"]["fingerprint"] = "of other photos"
+    (run / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=rf"--source {run}: .* that {run / 'source'} has learned from"):
+        notes(options(photos, source=str(run), method="l2", seed=1))

@@ -41,7 +41,9 @@ def test_least_varying_turn_static_at_their_mean(moved: nn.Module) -> None:
         variance = before[name].variance_q
         assert static.any()
         assert float(variance[static].max()) <= thresholds[name]["delta_s"] + 1e-12
-        assert float(variance[~static].min()) >= thresholds[name]["delta_s"]
+        lives = before[name].mean_q != 0
+        assert lives[static].all()
+        assert float(variance[~static & lives].min()) >= thresholds[name]["delta_s"]
         torch.testing.assert_close(gate.gamma[static].double(), before[name].mean_q[static], rtol=1e-4, atol=1e-6)
         with torch.no_grad():
             q_BC = gate.saliency(torch.randn(5, gate.predictor.in_channels, 4, 4))
@@ -68,3 +70,16 @@ def test_mode_is_given_back(moved: nn.Module) -> None:
     moved.train()
     update_masks(moved, [torch.randn(2, 3, 64, 64)], static_quantile=0.1, prune_quantile=0.1)
     assert moved.training
+
+
+def test_of_many_that_tie_only_their_share_turns_static_and_none_at_0(moved: nn.Module) -> None:
+    name, gate = next(iter(gates(moved).items()))
+    channels = gate.sign.numel()
+    with torch.no_grad():  # half of the channels are asleep on all images, a quarter says the same of all
+        gate.predictor.weight[: channels * 3 // 4] = 0
+        gate.predictor.bias[: channels // 2] = -1
+        gate.predictor.bias[channels // 2 : channels * 3 // 4] = 1
+    update_masks(moved, [torch.randn(8, 3, 64, 64)], static_quantile=0.05, prune_quantile=0.0)
+    static = (~gate.dynamic).nonzero().flatten().tolist()
+    assert static == [channels // 2 + i for i in range(1 + int(0.05 * (channels // 2 - 1)))], name
+    assert float(gate.gamma.detach()[channels // 2]) == pytest.approx(1.0)

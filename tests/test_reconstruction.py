@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from afds.graph import convbn_units
-from afds.reconstruction import Reconstruction, gram
+from afds.reconstruction import Reconstruction, gram, patches
 from afds.selection import gates, select, set_density
 from networks import randomise_bn
 from runs import ARCH_ARGS, tiny_network
@@ -48,6 +49,27 @@ def test_nothing_went_nothing_changes() -> None:
     for name, value in model.state_dict().items():
         if name.endswith("conv.weight"):
             assert (value - before[name]).norm() < 0.1 * before[name].norm()
+
+
+@pytest.mark.parametrize("size", [(9, 12), (8, 11), (7, 7)])
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(2, 3, 3, stride=2, padding=1),
+        nn.Conv2d(2, 3, (3, 4), padding="same", dilation=2),
+        nn.Conv2d(2, 3, 3, stride=2, padding="valid"),
+        Conv2dSame(2, 3, 3, stride=2),
+        Conv2dSame(2, 3, 5, stride=2),
+        Conv2dSame(2, 3, 3),
+    ],
+)
+def test_patches_are_what_a_convolution_sees(conv: nn.Conv2d, size: tuple[int, int]) -> None:
+    x_BCHW = torch.randn(2, 2, *size)
+    with torch.no_grad():
+        y_BCHW = conv(x_BCHW)
+        x_BPD = torch.stack(list(patches(conv, x_BCHW, torch.arange(y_BCHW[0, 0].numel()))), 1)
+        seen = x_BPD @ conv.weight.flatten(1).t() + conv.bias
+    torch.testing.assert_close(seen.transpose(1, 2).reshape(y_BCHW.shape), y_BCHW)
 
 
 class Twins(nn.Module):

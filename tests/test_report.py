@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from afds.errors import RunFolderError
@@ -236,9 +237,9 @@ def test_which_channels_win(run: Path) -> None:
 def test_against_the_dense_network_it_began_with(run: Path, tmp_path: Path) -> None:
     config = json.loads((run / "config.json").read_text())
     config["data"]["fingerprint"] = "same photos"
-    for out, top1 in ((run, 0.85), (run / "base", 0.95)):
+    for out, top1, ratio in ((run, 0.85, 5.0), (run / "base", 0.95, 1.0)):
         out.mkdir(exist_ok=True)
-        write_lines(out, [*epochs(), final(test={**final()["val"], "top1": top1})])
+        write_lines(out, [*epochs(), final(test={**final()["val"], "top1": top1}, ratio=ratio)])
         (out / "config.json").write_text(json.dumps(config))
     text = " ".join(Reader(write_report(run).read_text(encoding="utf-8")).text)
     assert "before selection 95.0 %" in text
@@ -290,3 +291,43 @@ def test_verdicts() -> None:
     assert "Not worth it" not in said(final(ratio=1.0, budget="1x"))
     assert "no test split" in said(final(test=None))
     assert "has not ended" in said(*epochs())
+
+
+def test_a_network_that_was_cheaper_already_is_called_by_its_ratio(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["fingerprint"] = "same photos"
+    for out, ratio in ((run, 5.0), (run / "base", 3.0)):
+        out.mkdir(exist_ok=True)
+        write_lines(out, [*epochs(), final(ratio=ratio)])
+        (out / "config.json").write_text(json.dumps(config))
+    html = write_report(run).read_text(encoding="utf-8")
+    text = " ".join(Reader(html).text)
+    for wanted in ("of the network at 3.00x that it began with", "at 3.00x 85.0 %", "Dotted: the 3.00x network"):
+        assert wanted in text, wanted
+    assert ">3.00x</text>" in html  # beside the dotted line
+
+
+def test_time_and_test_split_are_told_of_as_they_are() -> None:
+    plain = Facts("run", {"config": {"read_test": False}}, {}, [], [*epochs(), final(test=None)])
+    told = " ".join(sentence for _, sentence in verdict(plain))
+    assert "It is a plain network, so time falls in every runtime" in told
+    assert "The test split was not read" in told
+
+
+def test_the_terms_of_the_loss_make_up_its_sum(run: Path) -> None:
+    """A settled run weighs hints by `recovery`; what has no curve of its own is the rest."""
+    lines = [line | {"train_loss": line["train_ce"] + 0.09 + line["train_kd"] + 5.0 + 2.0} for line in epochs()]
+    config = {"config": {"method": "afds", "budget": "5x", "descent": {"settle": True}, "recovery": {"hints": 10.0},
+                         "distillation": {"afd": 0.01, "logits": 1.0, "hints": 1.0}}}  # fmt: skip
+    drawn: dict[str, list[float]] = {}
+    usual = Axes.plot
+
+    def plot(self: Axes, x: Any, y: Any, **more: Any) -> Any:
+        drawn[more["label"]] = list(y)
+        return usual(self, x, y, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, "plot", plot)
+        figures.loss_figure(Facts("run", config, {}, [], lines))
+    assert drawn["blocks (hints)"] == pytest.approx([5.0] * 8)
+    assert drawn["other terms"] == pytest.approx([2.0] * 8)

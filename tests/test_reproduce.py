@@ -12,6 +12,7 @@ import pytest
 import tyro
 
 from afds.config import FitConfig, parse_method, resolve_method
+from afds.errors import ConfigError
 
 FOLDER = Path(__file__).parents[1] / "benchmarks/reproduce"
 
@@ -76,3 +77,28 @@ def test_data_not_at_hand_is_named(table: ModuleType, tmp_path: Path, capsys: py
     out = capsys.readouterr().out
     assert out.count("afds prepare dogs120 FILES --out") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_words_that_no_cell_has_are_told(table: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert table.main(table.Options(only=("dogs",))) == 2
+    assert "no cell has all of these words" in capsys.readouterr().err
+
+
+def test_a_cell_whose_base_has_begun_is_resumed(
+    table: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dogs120").mkdir()
+    options = table.Options(run=True, only=("dogs120", "10x", "l2+l1"), data=tmp_path, out=tmp_path / "runs")
+    (cell,) = (c for c in table.cells("delta") if {c.dataset, c.budget, c.method} == set(options.only))
+    begun = options.out / cell.name
+    (begun / "base").mkdir(parents=True)
+    (begun / "config.json").write_text("{}")
+    asked = []
+
+    def stop(config: FitConfig) -> None:
+        asked.append(config.resume)
+        raise ConfigError("stopped")
+
+    monkeypatch.setattr(table, "fit", stop)
+    assert table.main(options) == 1
+    assert asked == [begun]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -185,6 +186,12 @@ def test_a_plan_is_data(tiny_resnet: nn.Module, tmp_path: Path) -> None:
     plan.save(tmp_path)
     x = torch.randn(1, 3, 40, 40).numpy()
     assert np.array_equal(runtime.Executor(runtime.Plan.load(tmp_path))(x), runtime.Executor(plan)(x))
+    other = runtime.make_plan(select(tiny_resnet).eval(), 40)
+    other.tensors = {name: tensor + 1 for name, tensor in other.tensors.items()}
+    other.save(tmp_path / "other")
+    shutil.copy(tmp_path / "other/plan.safetensors", tmp_path)
+    with pytest.raises(RunFolderError, match="do not belong together"):
+        runtime.Plan.load(tmp_path)
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(RunFolderError, match="no plan"):
         runtime.Plan.load(tmp_path)

@@ -265,6 +265,12 @@ def test_further_arguments_of_a_forward_are_not_the_image() -> None:
         assert np.allclose(ours, model(x).numpy(), atol=1e-5)
 
 
+def test_pools_that_pad_in_their_own_way_are_refused() -> None:
+    model = timm.create_model("resnet18d", num_classes=3, output_stride=16).eval()  # an AvgPool2dSame
+    with pytest.raises(runtime.UnsupportedError, match="AvgPool2dSame"):
+        runtime.compile(model, input_size=64)
+
+
 def test_sums_with_weights_are_refused() -> None:
     with pytest.raises(runtime.UnsupportedError, match="a sum with weights"):
         runtime.compile(Two(lambda a, b, x: torch.add(a, b, alpha=2)).eval(), input_size=20)

@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -551,3 +552,20 @@ def test_densities_that_cannot_be_change_nothing(tiny_resnet: nn.Module) -> None
         assert densities(model) == before
     set_density(model, torch.tensor(0.5))  # type: ignore[arg-type]
     assert set(densities(model).values()) == {0.5}
+
+
+def test_a_branch_that_is_still_zero_can_learn() -> None:
+    plain = timm.create_model("resnet18", num_classes=3, layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
+    assert not plain.layer1[0].bn2.weight.any()  # as timm makes them
+    model = select(plain)
+    with torch.no_grad():
+        assert (model.eval()(images()) - plain.eval()(images())).abs().max() < 1e-4
+    model.train()(images()).square().sum().backward()
+    unit = model.layer1[0].conv2
+    assert float(unit.beta.grad.abs().sum()) > 0
+    assert float(unit.gate.predictor.bias.grad.abs().sum()) > 0
+
+
+def test_a_network_in_double_precision(tiny_resnet: nn.Module) -> None:
+    model = select(tiny_resnet.double(), density=0.5).eval()
+    assert model(images().double()).dtype == torch.float64

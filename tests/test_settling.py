@@ -45,7 +45,7 @@ def test_cut_network_is_the_masked_one_and_costs_the_same(family: str) -> None:
         torch.testing.assert_close(model(x), masked(x), rtol=1e-4, atol=1e-4)
     after = CostMeter(model)(x)[1]
     assert after.counted <= before.counted * (1 + 1e-6)
-    if family not in ("mobilenetv3", "regnety"):  # whose attention is counted whole until it is cut
+    if family not in ("mobilenetv3", "regnety", "seresnet"):  # whose attention is counted whole until it is cut
         assert after.counted == pytest.approx(before.counted)
     assert after.dense == before.dense
     for name, unit in selective_units(model):
@@ -101,7 +101,7 @@ def test_what_rounding_leaves_of_a_budget_is_spent(ratio: float) -> None:
         channels = gates(model)[names[0]].sign.numel()
         steps = {(after[name] - before[name]) * channels / 8 for name in names}
         assert len(steps) == 1  # tied units stay tied
-        assert steps <= {0.0, 1.0}
+        assert steps <= {0.0, 1.0, 2.0}  # in turn, while there is room
         for name in names:
             assert int(gates(model)[name].kept.sum()) == round(after[name] * channels)
     for names in rounded.tied:  # and no step more would be within it
@@ -146,7 +146,7 @@ def test_low_rank_predictors_have_the_rank_of_what_is_left_and_are_counted_so_be
         assert predictor.reduce.weight.shape == (predictor.rank, predictor.in_channels)
         assert predictor.weight.shape == (left, predictor.rank)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
-    if family not in ("mobilenetv3", "regnety"):  # whose attention is counted whole until it is cut
+    if family not in ("mobilenetv3", "regnety", "seresnet"):  # whose attention is counted whole until it is cut
         assert CostMeter(model)(x)[1].counted == pytest.approx(before.counted)
     model.train()(x).square().mean().backward()
     assert all(gate.predictor.weight.grad is not None for gate in gates(model).values())

@@ -26,9 +26,10 @@ from afds.data import write_digits
 from afds.errors import BudgetError, ConfigError, DataError, RunFolderError
 from afds.files import LOCK, alone_in
 from afds.fitting import fit, read_result
+from afds.progress import Progress
 from afds.schedule import MARGIN
 from afds.selection import SelectionConfig, gates, selective_units
-from afds.setup import default_epochs
+from afds.setup import Setup, default_epochs
 from afds.task import Task, learning_rate, parameter_groups
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}'
@@ -288,6 +289,49 @@ def test_the_time_before_the_first_epoch_is_told_in_steps(
     for counts in by_step.values():
         assert counts == [(i, len(counts)) for i in range(1, len(counts) + 1)]
     assert len(by_step["refitting layers"]) == len(gates(load_run(tmp_path / "run").model))
+
+
+def test_a_network_with_channel_attention_is_settled(digits: Path, tmp_path: Path) -> None:
+    base, once = tmp_path / "base", OptimConfig(epochs=1, batch_size=8)
+    fit(options(digits, base, source="seresnet18", method="scratch+dense", budget="", optim=once), quiet=True)
+    result = fit(options(digits, tmp_path / "run", source=str(base), method="afds", budget="2x", optim=once,
+                         descent=DescentConfig(images=8, reconstruct=16, multiple_of=2)), quiet=True)  # fmt: skip
+    assert result.cost.ratio >= 2
+    assert lines(tmp_path / "run", "step")[-1]["hints"] > 0
+
+
+def test_the_teacher_is_the_base_also_where_that_selects(digits: Path, finished: Path) -> None:
+    config = resolve_method(options(digits, digits.parent / "never", source=str(finished), method="afds", budget="5x"))
+    splits, _ = fitting.read_photos(config, Progress(quiet=True))
+    fabric = Fabric(accelerator="cpu", devices=1)
+    plan = Setup(config, splits, fabric).plan
+    x_BCHW = torch.randn(4, 3, 32, 32)
+    assert plan.teacher is not None
+    assert plan.reference is not None
+    base = load_run(finished).model.eval()
+    assert any(gate.predictor.has_learned for gate in gates(base).values())
+    with torch.no_grad():
+        wanted = base(x_BCHW)
+        torch.testing.assert_close(plan.teacher(x_BCHW)[0], wanted)
+        torch.testing.assert_close(plan.reference.eval()(x_BCHW), wanted)
+
+
+def test_a_run_that_is_stopped_in_its_first_epoch_writes_nothing_twice(digits: Path, tmp_path: Path) -> None:
+    def interrupt(self: object, event: dict[str, Any]) -> None:
+        if event.get("step") == 5:
+            raise KeyboardInterrupt
+
+    config = options(digits, tmp_path / "run", method="scratch+dense", budget="",
+                     optim=OptimConfig(epochs=1, batch_size=4))  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting.Progress, "update", interrupt)
+        patch.setattr("afds.training.LOGGED", 2)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config, quiet=True)
+    assert lines(tmp_path / "run", "step")
+    fit(FitConfig(resume=tmp_path / "run"), quiet=True)
+    steps = [line["step"] for line in lines(tmp_path / "run", "step")]
+    assert len(steps) == len(set(steps))
 
 
 def test_densities_are_shared_out_as_was_measured_best_for_each_method() -> None:

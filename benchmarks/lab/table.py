@@ -3,8 +3,8 @@
     python benchmarks/lab/table.py RESULTS/trials.jsonl PAGE.md
 
 PAGE.md holds `<!-- lab:begin -->` and `<!-- lab:end -->`; what stands between them is replaced. `--trim` first makes
-a file of trials small enough to commit: only final runs, without what the table does not need. `--brief` writes test
-accuracies only, a column for each budget.
+a file of trials small enough to commit: final and tuning runs, without their bases. `--brief` writes test accuracies
+only, a column for each budget.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Options:
     reference: str = "afds"
     """Row that the others are compared with."""
     trim: bool = False
-    """Write the final runs' lines to PAGE, and no table."""
+    """Write the lines of final and tuning runs to PAGE, and no table."""
     brief: bool = False
     """Test accuracies only, a column for each budget."""
 
@@ -55,8 +55,8 @@ def main(options: Options) -> None:
     tuning = [line for line in lines if line["kind"] == "tuning"]
     trials = max((line["key"].rpartition("/")[2] for line in tuning), default="0", key=int)
     found = cells(lines, options.reference)
-    hardware = lines[0]["hardware"]
-    stamp = f"{hardware['cpu']}, {hardware['precision']}, torch {hardware['versions']['torch']}."
+    machines = {(h["cpu"], h["precision"], h["versions"]["torch"]) for h in (line["hardware"] for line in lines)}
+    stamp = "; ".join(f"{cpu}, {precision}, torch {torch}" for cpu, precision, torch in sorted(machines)) + "."
     note = f"{footnote(found, options.reference, int(trials) + 1)} {stamp}"
     table = brief(found) if options.brief else markdown(found, note)
     before, _, rest = text.partition(BEGIN)

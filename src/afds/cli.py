@@ -7,12 +7,15 @@ Exit codes: 0 done; 1 a fault of the program, or images that could not be read; 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import io
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 HELP = """\
 usage: afds VERB ...
@@ -45,6 +48,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a file name that is not UTF-8 must not cost the answers beside it
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    with _warnings_as_notes():
+        return _run(arguments)
+
+
+@contextlib.contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """Of our own warnings the text alone, without the line of code that gave it."""
+    from afds.errors import AfdsWarning
+
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, AfdsWarning):
+            print(f"note: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *where, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
+
+
+def _run(arguments: list[str]) -> int:
     try:
         code = _dispatch(arguments)
         if sys.stdout is not None:
@@ -52,9 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         run = _run_folder(arguments) if arguments[:1] == ["fit"] else ""
-        hint = (
-            f" Go on with: afds fit --resume {run}" if run and os.path.exists(os.path.join(run, "config.json")) else ""
-        )
+        begun = run and os.path.exists(os.path.join(os.path.expanduser(run), "config.json"))
+        hint = f" Go on with: afds fit --resume {run}" if begun else ""
         print(f"\nafds: interrupted.{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, `head` say, has seen enough

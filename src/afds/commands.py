@@ -48,6 +48,8 @@ class Evaluate:
     precision: Literal["float32", "bf16"] = "float32"
     """Of the native runtime's convolutions. bf16: half the memory for weights; `afds measure` tells whether it is
     faster on this CPU."""
+    skip_unreadable: bool = False
+    """Go on without photos that cannot be read; they are named."""
     mistakes: int = 0
     """Name so many of the photos that it takes for another class, those first of which it is surest."""
     json: bool = False
@@ -219,6 +221,7 @@ def _evaluate(arguments: list[str]) -> int:
     result = _or_torch(
         lambda runtime: evaluate_folder(
             options.run, options.data, options.split, batch_size=options.batch_size, runtime=runtime,
+            skip_unreadable=options.skip_unreadable,
             precision=options.precision if runtime == "native" else "float32",
         ),
         options.runtime, options.precision,
@@ -442,11 +445,12 @@ def _compare(arguments: list[str]) -> int:
         return 0
     found = cells(lines, config.reference_row())
     note = footnote(found, config.reference_row(), config.trials)
+    write_tables(config.out, found, note)
+    page = write_page(config.out, found, note)
     for table in terminal(found):
         console.print(table)
     console.print(note, markup=False)
-    write_tables(config.out, found, note)
-    print(write_page(config.out, found, note))
+    print(page)
     return 0
 
 

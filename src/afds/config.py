@@ -265,7 +265,7 @@ class OptimConfig:
             self.batch_size,
             "2 or more: batch norm needs two images",
         )
-        _require(0 < self.lr < 100, "optim.lr", self.lr, "above 0")
+        _require(0 < self.lr < 100, "optim.lr", self.lr, "above 0 and below 100")
         _require(self.predictor_lr >= 0, "optim.predictor-lr", self.predictor_lr, "0 or more")
         _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "from 0 to below 1")
         _require(self.weight_decay >= 0, "optim.weight-decay", self.weight_decay, "0 or more")
@@ -302,7 +302,7 @@ class RecoveryConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.colour <= 1, "recovery.colour", self.colour, "from 0 to 1")
-        _require(0 < self.lr < 100, "recovery.lr", self.lr, "above 0")
+        _require(0 < self.lr < 100, "recovery.lr", self.lr, "above 0 and below 100")
         _require(self.weight_decay >= 0, "recovery.weight-decay", self.weight_decay, "0 or more")
         _require(0 <= self.mixup <= 10, "recovery.mixup", self.mixup, "from 0 to 10")
         share = self.mixup_share
@@ -465,10 +465,17 @@ def refuse_idle(config: FitConfig) -> None:
     if config.small_source and "small" not in compression:
         raise ConfigError(f"--small-source is of the methods with +small, and --method {config.method} would not look "
                           "at it: leave it out.")  # fmt: skip
+    if config.source_data is not None and (compression != "afs" or transfer == "kd"):
+        raise ConfigError(f"--source-data is of the methods with +afs, whose selection learns on it first, and "
+                          f"--method {config.method} would not look at it: leave it out.")  # fmt: skip
+    settles = config.method == "afds" and config.descent.settle and config.budget != "1x"
+    if settles and config.distillation.hints != FitConfig().distillation.hints:
+        raise ConfigError(f"--distillation.hints {config.distillation.hints:g} has no effect here: --recovery.hints is "
+                          "the weight of the blocks where channels are settled.")  # fmt: skip
     if config.anchor and transfer not in ANCHORED:
         raise ConfigError(f"--anchor is of the methods {' and '.join(f'{t}+...' for t in ANCHORED)}, and --method "
                           f"{config.method} would not look at it: leave it out.")  # fmt: skip
-    if config.selection.group > 1 and config.method == "afds" and config.descent.settle and config.budget != "1x":
+    if config.selection.group > 1 and settles:
         raise ConfigError(f"--selection.group {config.selection.group} is of networks in which each image chooses: "
                           "add --descent.no-settle, or leave it out.")  # fmt: skip
 

@@ -19,7 +19,7 @@ channels cost neither predictor nor scaling is ours: both fold into constants.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,6 +123,12 @@ class CostMeter:
 def measure_cost(model: nn.Module, batches: Iterable[Tensor]) -> Cost:
     """Mean cost of ``model`` over batches of images (B, 3, H, W)."""
     return CostMeter(model).mean(batches)
+
+
+def reference_macs(structure: Mapping[str, Any]) -> float:
+    """Of a run's structure.json: MACs of the dense network that it is compared with; 0: itself, dense."""
+    given = structure["cost"].get("reference_macs", 0.0)
+    return float(given) if type(given) in (int, float) and 0 < given < 1e18 else 0.0
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def demo(config: DemoConfig) -> Path:
             run = FitConfig(
                 data=config.out / f"digits-5-9-{config.per_class}", method=method, budget=budget, seed=seed,
                 source=_source(config, method, budget, seed),
-                arch_args=ARCH, out=config.out / "runs" / name, data_options=data_options,
+                arch_args=ARCH, out=_runs(config) / name, data_options=data_options,
                 optim=OptimConfig(epochs=config.epochs, batch_size=8, lr=0.05),
                 descent=DescentConfig(stages=8), recovery=RECOVERY, hardware=exact,
             )  # fmt: skip
@@ -90,10 +90,18 @@ def demo(config: DemoConfig) -> Path:
                       f"{statistics.mean(r.cost.ratio for r in results):.2f}x",
                       f"{statistics.mean(r.seconds for r in results):.0f}")  # fmt: skip
     console.print(table)
-    console.print(f"{time.perf_counter() - begun:.0f} s. The runs are in {config.out / 'runs'}; try\n"
-                  f"  afds predict {config.out / 'runs' / 'afds-5x-seed0'} "
+    console.print(f"{time.perf_counter() - begun:.0f} s. The runs are in {_runs(config)}; try\n"
+                  f"  afds predict {_runs(config) / 'afds-5x-seed0'} "
                   f"{config.out / f'digits-5-9-{config.per_class}' / 'test'}")  # fmt: skip
-    return config.out / "runs"
+    return _runs(config)
+
+
+def _runs(config: DemoConfig) -> Path:
+    """Their folder, one for each set of options that makes them different runs."""
+    usual = DemoConfig()
+    if (config.per_class, config.epochs) == (usual.per_class, usual.epochs):
+        return config.out / "runs"
+    return config.out / f"runs-{config.per_class}-images-{config.epochs}-epochs"
 
 
 def _source(config: DemoConfig, method: str, budget: str, seed: int) -> str:
@@ -101,7 +109,7 @@ def _source(config: DemoConfig, method: str, budget: str, seed: int) -> str:
     if method == "scratch":
         return "resnet18"
     if method == "afds" and budget != "1x":
-        return str(config.out / "runs" / f"afds-1x-seed{seed}")
+        return str(_runs(config) / f"afds-1x-seed{seed}")
     return str(config.out / ("source" if method == "afds" else "source-dense"))
 
 

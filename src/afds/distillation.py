@@ -10,9 +10,9 @@
 
 F_l is the ConvBN output, after the selection gate and before the residual sum and the ReLU, of the last block of
 each stage; phi_l is (H W) x hidden, phi'_l is hidden, both trained jointly with theta. Wang et al., ICLR 2020.
-Ours: phi is built for the map sizes that a dry run of the real input size shows; the norm can be squared; and the
-frozen network may be the fine-tuned dense network, whose logits and block outputs are then distilled too
-(`transfer/kd.py`, `transfer/hints.py`).
+Ours: phi is built for the map sizes that a dry run of the real input size shows, and has a bias; the norm can be
+squared; and the frozen network may be the fine-tuned dense network, whose logits and block outputs are then distilled
+too (`transfer/kd.py`, `transfer/hints.py`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     x_C --> reader r: y_r = W_r X_r          a class of channels (a residual stream, the inside of a block) and all
         '-> reader s: y_s = W_s X_s          that read it; X_r: the patches that arrive, D = C kh kw numbers
 
-    P_r  = (X_r'X_r / n + ridge)^-1                             the dense network, crops of training images
+    P_r  = (cov X_r + ridge)^-1                                 the dense network, crops of training images
     e(c) = sum_r tr( H_r W_rc' P_r,cc^-1 W_rc )                 what is lost when c goes and the others are refitted
     the c of the smallest e goes:   W_r -= P_r,:c P_r,cc^-1 W_rc      P_r -= P_r,:c P_r,cc^-1 P_r,c:
     and again, until one is left
@@ -14,7 +14,8 @@
 
 What stays longest is worth most. Hassibi & Stork, *Second order derivatives for network pruning: Optimal Brain
 Surgeon*, NeurIPS 1992; for structures, layer by layer: Kurtic et al., *ZipLM*, NeurIPS 2023. Ours: all readers of a
-class at once, as layers of a residual stream must keep the same channels, and once more when it is known which outputs
+class at once, the classifier among them (which the refit leaves as it is: training moves its bias), as layers of a
+residual stream must keep the same channels, and once more when it is known which outputs
 stay. Why: a Taylor estimate asks what each channel does alone, so of two that say the same it keeps both, although the
 refit that follows (reconstruction.py) would make one say what the other said (docs/accuracy.md).
 """
@@ -46,7 +47,7 @@ class Reader:
     """What reads a class, as a least squares problem."""
 
     inverse: Tensor
-    """P (D, D): of the second moments of what arrives."""
+    """P (D, D): of the covariance of what arrives."""
     weight: Tensor
     """W (D, O), each column scaled by the root of what an error of that output costs."""
 

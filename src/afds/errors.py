@@ -31,3 +31,7 @@ class ConfigError(AfdsError):
 
 class ExportError(AfdsError):
     """A network that a format cannot hold, or an export that does not compute what the network does."""
+
+
+class AfdsWarning(UserWarning):
+    """What a user should know and can live with; the command line prints it as a note."""

@@ -15,12 +15,15 @@ from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassStatScores
 
 from afds.artifact import Run, load_run
-from afds.cost import Cost, CostMeter
+from afds.cost import Cost, CostMeter, reference_macs
 from afds.data import (
     Folder,
     ImageDataset,
+    ImageError,
     Item,
     Splits,
+    check_images,
+    describe,
     eval_transform,
     make_loader,
     scan,
@@ -196,6 +199,7 @@ def evaluate_folder(
     workers: int = 0,
     runtime: str = "torch",
     precision: str = "float32",
+    skip_unreadable: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> FolderResult:
     """Evaluate a run on a folder of class folders, matched to the run's classes by name.
@@ -204,16 +208,22 @@ def evaluate_folder(
     was fitted on, else all that is there; or one of `test`, `val`, `train`, `all`.
     runtime: `torch`, or `native`, whose MACs are those it executed.
     precision: of native's convolutions, `float32` or `bf16`.
+    skip_unreadable: leave out photos that cannot be read, with a note of which, in place of refusing them.
     Raises RunFolderError for the run, DataError for the folder: among others a class that the run does not
     know, a split that is not there; and for the runtime what `inference.Model` raises.
     """
     run = load_run(run_path)
     chosen, items, notes = labelled_items(run, data_path, split)
+    if skip_unreadable and (bad := check_images(items, workers=2)):
+        notes.append(f"{len(bad)} photos cannot be read and are left out:\n{describe(bad)}")
+        gone = {path for path, _ in bad}
+        items = tuple(item for item in items if item.path not in gone)
+        if not items:
+            raise DataError(f"{data_path}: not one of the {len(bad)} photos can be read:\n{describe(bad)}")
     dataset = ImageDataset(items, eval_transform(run.preprocess))
     loader = make_loader(dataset, batch_size=batch_size, shuffle=False, seed=0, workers=workers)
     model = Model(run, device, runtime=runtime, precision=precision)
-    given = run.structure["cost"].get("reference_macs", 0.0)
-    reference = float(given) if type(given) in (int, float) and 0 < given < 1e18 else 0.0
+    reference = reference_macs(run.structure)
     meter: Meter
     if model.executor is None:
         meter = CostMeter(model.network, reference)
@@ -221,7 +231,12 @@ def evaluate_folder(
         from afds.runtime import ExecutedMacs
 
         meter = ExecutedMacs(model.executor, model.network, reference)
-    metrics = evaluate(model.network, loader, len(run.labels), device, count_macs=meter, progress=progress)
+    try:
+        metrics = evaluate(model.network, loader, len(run.labels), device, count_macs=meter, progress=progress)
+    except ImageError:
+        bad = check_images(items, workers=2)
+        raise DataError(f"{len(bad)} photos cannot be read:\n{describe(bad)}\nMend or remove them, or go on without "
+                        "them with --skip-unreadable.") from None  # fmt: skip
     return FolderResult(chosen, metrics, run.labels, tuple(notes), items)
 
 
@@ -275,14 +290,15 @@ def _choose(run: Run, folder: Folder, split: str) -> tuple[str, tuple[Item, ...]
     """The split's name, its items and notes about it."""
     record = run.config or {}
     held_out, notes = _parts(repeat_split(record, folder)), []
-    if photos_changed(record, folder):
-        notes.append("These photos have changed since the run was fitted on them: some of them it has learned.")
+    changed = photos_changed(record, folder)
     available = {**folder.splits, **held_out}
     if split == "auto":
         order = ("test", "val", "train") if held_out else ("test", "all", "val", "train")
         split = next(name for name in order if name in available)
         if split in FLATTERED:
             notes.append(f"No test images here: these figures are of {split}, and flattered, since {FLATTERED[split]}.")
+    if changed and not (split == "test" and "test" in folder.splits):  # which it has never learned from
+        notes.append("These photos have changed since the run was fitted on them: some of them it has learned.")
     if split == "all":
         if not notes and (held_out or "train" in folder.splits):
             notes.append("Training images are among these.")

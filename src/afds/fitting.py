@@ -23,9 +23,9 @@ from typing import Any
 from afds.artifact import is_run, load_run, save_run
 from afds.config import ANCHORED, PRUNED, FitConfig, from_json, parse_method, refuse_idle, resolve_method
 from afds.cost import Cost, CostMeter, LayerCost, has_selection
-from afds.data import Splits, check_images, describe, make_splits, scan, with_unlabelled, without
+from afds.data import Splits, check_images, classes_unseen, describe, make_splits, scan, with_unlabelled, without
 from afds.data.unlabelled import fingerprint
-from afds.errors import ConfigError, DataError, RunFolderError
+from afds.errors import AfdsError, AfdsWarning, ConfigError, DataError, RunFolderError
 from afds.evaluation import Metrics, evaluate
 from afds.files import LOCK, STEPS, alone_in, check_beside, check_place, is_empty, read_json, write_json
 from afds.hardware import make_fabric, resolve_device
@@ -64,6 +64,8 @@ def fit(config: FitConfig, *, quiet: bool = False) -> FitResult:
 
 
 def _fit(config: FitConfig, quiet: bool, held: contextlib.ExitStack) -> FitResult:
+    config = dataclasses.replace(config, out=None if config.out is None else config.out.expanduser(),
+                                 resume=None if config.resume is None else config.resume.expanduser())  # fmt: skip
     if config.resume is not None:
         begun = _resumed(config.resume, config.data)
         _only_resume(config)
@@ -281,6 +283,7 @@ def read_photos(config: FitConfig, progress: Progress) -> tuple[Splits, dict[str
     )
     if config.unlabelled is not None:
         splits = with_unlabelled(splits, config.unlabelled)
+    unseen = classes_unseen(splits, folder)
     items = splits.items()
     with progress.waiting(f"Reading {len(items)} photos in {len(splits.classes)} classes"):
         unreadable = check_images(items, workers=max(2, options.workers))
@@ -292,13 +295,14 @@ def read_photos(config: FitConfig, progress: Progress) -> tuple[Splits, dict[str
         splits = without(splits, unreadable)
     if len(splits.train) < 8:
         raise DataError(f"{config.data}: {len(splits.train)} training photos are too few to train on.")
-    for warning in folder.warnings:
+    told = [*folder.warnings, *unseen]
+    for warning in told:
         progress.say(f"warning: {warning}")
     counts = {"train": len(splits.train), "val": len(splits.val), "test": len(splits.test or ())}
     facts = {"classes": len(splits.classes), **counts, "fingerprint": splits.fingerprint(),
              "test_fingerprint": fingerprint(splits.test) if splits.test else None,
              "bytes": sum(item.path.stat().st_size for item in splits.items()),
-             "warnings": list(folder.warnings), "unreadable": [str(u.path) for u in unreadable]}  # fmt: skip
+             "warnings": told, "unreadable": [str(u.path) for u in unreadable]}  # fmt: skip
     if splits.unlabelled:
         facts |= {"unlabelled": len(splits.unlabelled), "unlabelled_fingerprint": fingerprint(splits.unlabelled)}
     return splits, facts
@@ -362,9 +366,8 @@ def _finish(setup: Setup, record: Record, progress: Progress) -> FitResult:
         try:
             write_report(c.out)
         except Exception as error:  # a page that fails must not take a trained network with it
-            warnings.warn(
-                f"The report could not be written ({error}); `afds report {c.out}` tries again.", stacklevel=2
-            )
+            told = f"The report could not be written ({error}); `afds report {c.out}` tries again."
+            warnings.warn(told, AfdsWarning, stacklevel=2)
         for done_with in ("last.ckpt", LOCK):
             (c.out / done_with).unlink(missing_ok=True)
     fabric.barrier()
@@ -418,9 +421,10 @@ def _closing(result: FitResult, config: FitConfig) -> str:
                      f"thread{'s' if c.threads > 1 else ''}), {config.budget} asked")  # fmt: skip
     base = Path(config.source)
     if config.method == "afds" and config.budget != "1x" and is_run(base):
-        before = read_result(base)
-        what = "fine-tuned at full cost" if before.cost.ratio < 1.01 else f"before, at {before.cost.ratio:.2f}x"
-        lines.append(f"{what} ({base}): {accuracies(before)}")
+        with contextlib.suppress(AfdsError):  # a base that was carried over without its record is as good a start
+            before = read_result(base)
+            what = "fine-tuned at full cost" if before.cost.ratio < 1.01 else f"before, at {before.cost.ratio:.2f}x"
+            lines.append(f"{what} ({base}): {accuracies(before)}")
     if result.cost.ratio < 1 and config.budget != "1x":
         lines.append("Not worth it: the predictors cost more than selection saves.")
     return "\n".join([*lines, f"run folder: {result.out}"])

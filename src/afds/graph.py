@@ -18,7 +18,7 @@ from __future__ import annotations
 import operator
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -317,6 +317,8 @@ def unit_roles(model: nn.Module) -> dict[str, str]:
             last[node] = str(node.target)
         elif deepest is not None and deepest in last and passes_channels(gm, node):
             last[node] = last[deepest]
+        elif node.op == "call_function" and node.target in MULS and any(n in last for n in tensor_inputs(node)):
+            last[node] = next(last[n] for n in tensor_inputs(node) if n in last)  # times a channel attention (SE)
         elif node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.BatchNorm2d):
             last[node] = last[deepest]  # type: ignore[index]
         elif node.op == "call_function" and node.target in ADDS and len(tensor_inputs(node)) == 2:
@@ -326,6 +328,24 @@ def unit_roles(model: nn.Module) -> dict[str, str]:
             if side in last and roles.get(last[side]) == "inner":
                 roles[last[side]] = "shortcut"
     return roles
+
+
+def padding_of(conv: nn.Conv2d, size: Sequence[int]) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom) that a convolution adds to maps of ``size`` (H, W).
+
+    As many on both sides, or, spelled `same` or in timm's Conv2dSame of the tf_ networks, TensorFlow's: with an even
+    size and a stride one more on the right and below.
+    """
+    if not isinstance(conv.padding, str) and type(conv).__name__ != "Conv2dSame":
+        (height, width) = conv.padding
+        return width, width, height, height
+    pads: list[int] = []
+    for i in (1, 0):
+        span = (conv.kernel_size[i] - 1) * conv.dilation[i] + 1
+        total = 0 if conv.padding == "valid" else max(
+            0, (-(-size[i] // conv.stride[i]) - 1) * conv.stride[i] + span - size[i])  # fmt: skip
+        pads += [total // 2, total - total // 2]
+    return pads[0], pads[1], pads[2], pads[3]
 
 
 def _is_unit(gm: fx.GraphModule, node: fx.Node) -> bool:

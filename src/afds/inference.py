@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from afds.artifact import Run, load_run
+from afds.cores import quota_cores
 from afds.data.images import ImageError, read_shrunk, to_rgb
 from afds.data.preprocess import Preprocess
 from afds.data.transforms import eval_transform
@@ -58,7 +59,7 @@ class Model:
         device: where the network runs.
         runtime: `torch`, or `native`: the kernels that skip, on the CPU.
         precision: of native's convolutions, `float32` or `bf16`; see `afds.runtime.compile`.
-        threads: of a call of native; by default as many as PyTorch would use.
+        threads: of a call of native; by default as many as PyTorch would use, at most a container's share of cores.
     Raises:
         RuntimeMissingError, UnsupportedError: the native runtime was not built, or does not compute this network.
         ConfigError: another runtime or precision, `native` on another device, `bf16` or threads without `native`.
@@ -83,7 +84,7 @@ class Model:
         if runtime == "native":
             from afds.runtime import compile
 
-            threads = torch.get_num_threads() if threads is None else threads
+            threads = min(torch.get_num_threads(), quota_cores()) if threads is None else threads
             self.executor = compile(run, threads=threads, precision=precision)
         self._transform = eval_transform(run.preprocess)
 
@@ -137,6 +138,8 @@ class Model:
         for name, value in (("top_k", top_k), ("batch_size", batch_size)):
             if value < 1:
                 raise DataError(f"{name} is {value}; give 1 or more.")
+        if on_error not in ("raise", "report"):
+            raise ConfigError(f"on_error={on_error!r}: give raise or report.")
         for batch in self._decoded(images, batch_size):
             if on_error == "raise":
                 for _, result in batch:

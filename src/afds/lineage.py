@@ -11,6 +11,7 @@ from, photos that this run knows by heart would be test photos: the figures woul
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -80,15 +81,17 @@ def check_unseen(config: FitConfig, splits: Splits) -> list[str]:
 
 
 def _ancestors(spec: str | Path | None) -> Iterable[Path]:
-    """The run, the run that it started from, and so on."""
+    """The run, its step on source photos, the run that it started from, and so on."""
     seen: set[str] = set()
-    while spec and is_run(spec) and os.path.realpath(spec) not in seen and (Path(spec) / "config.json").exists():
+    left = [spec]
+    while left:
+        spec = left.pop()
+        if not spec or not is_run(spec) or os.path.realpath(spec) in seen or not (Path(spec) / "config.json").exists():
+            continue
         seen.add(os.path.realpath(spec))
         yield Path(spec)
-        try:
-            spec = read_json(Path(spec) / "config.json")["config"]["source"]
-        except NOT_OURS:
-            return
+        with contextlib.suppress(*NOT_OURS):
+            left += [Path(spec) / "source", read_json(Path(spec) / "config.json")["config"]["source"]]
 
 
 def _learned_from(record: Mapping[str, Any], here: Folder) -> set[str]:

@@ -106,13 +106,14 @@ def update_masks(
         m = moments[name]
         thresholds[name] = {}
         if static_quantile > 0:
-            movable = gate.dynamic & gate.kept
+            # One that was 0 for all images would be 0 for good; how many: those up to the quantile, however many tie.
+            movable = gate.dynamic & gate.kept & (m.mean_q != 0)
             if int(movable.sum()) > 1:
-                delta_s = torch.quantile(m.variance_q[movable], static_quantile)
-                turning = movable & (m.variance_q <= delta_s)
-                gate.gamma.copy_(torch.where(turning, m.mean_q.to(gate.gamma.dtype), gate.gamma))
-                gate.dynamic &= ~turning
-                thresholds[name]["delta_s"] = float(delta_s)
+                turning = torch.where(movable, m.variance_q, torch.inf).argsort(stable=True)
+                turning = turning[: 1 + int(static_quantile * (int(movable.sum()) - 1))]
+                gate.gamma[turning] = m.mean_q[turning].to(gate.gamma.dtype)
+                gate.dynamic[turning] = False
+                thresholds[name]["delta_s"] = float(m.variance_q[turning[-1]])
         if prune_quantile > 0:
             kept = int(gate.kept.sum())
             drop = min(int(prune_quantile * kept), kept - gate.k)

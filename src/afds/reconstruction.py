@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from afds.graph import ADDS, tensor_inputs, trace
+from afds.graph import ADDS, padding_of, tensor_inputs, trace
 from afds.selection import SelectiveConvBN
 
 ROWS = 24_000  # of X, per layer: positions of all images together (with half of it the KL is 1.09, not 1.00)
@@ -203,8 +203,7 @@ def _read(
 def patches(conv: nn.Conv2d, x_BCHW: Tensor, at_P: Tensor) -> Iterator[Tensor]:
     """For each of the P places what the convolution sees there: (B, C kh kw)."""
     (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
-    ph, pw = conv.padding if not isinstance(conv.padding, str) else (0, 0)
-    padded = F.pad(x_BCHW, (pw, pw, ph, ph))
+    padded = F.pad(x_BCHW, padding_of(conv, x_BCHW.shape[-2:]))
     width = (padded.shape[3] - dw * (kw - 1) - 1) // sw + 1
     for place in at_P.tolist():
         row, column = place // width * sh, place % width * sw

@@ -186,7 +186,9 @@ class Gate(nn.Module):
         super().__init__()
         # A zero saliency is never active, so a channel that lives by its bias alone keeps a saliency of 1e-6. So
         # does a dead one that leads a depthwise convolution, which makes a constant, not zero, of it.
-        start_C = gamma_C.abs().clamp_min(1e-6) * ((gamma_C != 0) | (beta_C != 0) | leads)
+        # So does a unit that is 0 in all its channels, as timm's residual branches are before they learn.
+        asleep = not bool(gamma_C.any() or beta_C.any())
+        start_C = gamma_C.abs().clamp_min(1e-6) * ((gamma_C != 0) | (beta_C != 0) | leads | asleep)
         channels = gamma_C.numel()
         self.predictor = Predictor(in_channels, start_C, config, full_channels)
         self.gamma = nn.Parameter(start_C.clone())
@@ -319,7 +321,8 @@ class SelectiveConvBN(nn.Module):
         self.gate = gate
         self.norm = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, affine=False)
         self.norm.load_state_dict({k: v.clone() for k, v in norm.state_dict().items() if k not in ("weight", "bias")})
-        self.norm.to(norm.weight.device)
+        self.norm.to(norm.weight)
+        self.gate.to(norm.weight)
         self.beta = nn.Parameter(norm.bias.detach().clone())
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

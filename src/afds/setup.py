@@ -76,6 +76,13 @@ def default_epochs(images: int, ratio: float = 1.0) -> int:
     return max(fewest, min(most, round(shown / images)))
 
 
+def _command() -> str | None:
+    """The line that was typed; None where another program called, whose arguments would not repeat anything."""
+    program = Path(sys.argv[0])
+    typed = program.stem == "afds" or (program.name == "__main__.py" and program.parent.name == "afds")
+    return shlex.join(["afds", *sys.argv[1:]]) if typed else None
+
+
 class Setup:
     """A checked run: network, loaders, teacher, schedule.
 
@@ -120,7 +127,8 @@ class Setup:
             raise ConfigError(f"--source {config.source} carries selection: {config.method} would train it as a dense "
                               "network. Use a method with +afs, or another source.")  # fmt: skip
         self.network.requires_grad_(True)
-        return network
+        # What learns is prepared in place; one that carries selection stays as it was, as teacher and aim of the refit.
+        return copy.deepcopy(network) if network is self.network and has_selection(network) else network
 
     def _meet_budget(self) -> list[Tensor]:
         """Finds what milliseconds come to, refuses what cannot be met; returns the images, of the validation split, on
@@ -162,7 +170,8 @@ class Setup:
         total_steps = epochs * len(train_loader)
         if settles:
             config = recovering(config, epochs)
-        reference = copy.deepcopy(network).requires_grad_(False) if refits else None
+        aim = dense_network if has_selection(dense_network) else network
+        reference = copy.deepcopy(aim).requires_grad_(False) if refits else None
         terms, teacher = self._transfer(config, transfer, dense_network, size)
         if compression == "slimming" and self.ratio == 1 and config.pruning.sparsity > 0:
             terms.append(Sparsity(config.pruning.sparsity))
@@ -250,7 +259,13 @@ class Setup:
             named = require_small(config.small_source, macs, size, len(self.splits.classes))
             torch.manual_seed(config.seed)
             network = self._source(named, transfer).to(self.fabric.device)
-            self.preprocess = dataclasses.replace(self._preprocess(), input_size=size, resize=self.preprocess.resize)
+            theirs, self.preprocess = self.preprocess, self._preprocess()
+            self.preprocess = dataclasses.replace(self.preprocess, input_size=size, resize=theirs.resize)
+            if transfer == "kd" and (theirs.mean, theirs.std) != (self.preprocess.mean, self.preprocess.std):
+                raise ConfigError(f"{config.method}: the teacher, --source {config.source}, wants its images "
+                                  f"normalised with {theirs.mean}, {theirs.std}, and --small-source {named} with "
+                                  f"{self.preprocess.mean}, {self.preprocess.std}: they cannot look at the same ones. "
+                                  "Give another --small-source, or l2 in place of kd.")  # fmt: skip
             check_supported(network, size)
             cost = macs_at(network, size)
             if "lowres" not in compression and cost > macs:
@@ -295,8 +310,13 @@ class Setup:
             variances = map_variances(teacher, labelled)
             weights = channel_weights(teacher, features, labelled, len(self.splits.classes))
             return [Delta(c.transfer.delta, weights, variances)], teacher
-        d, blocks = c.distillation, residual_blocks(network) if self.is_base and c.distillation.hints > 0 else []
-        teacher = FrozenNetwork(dense_network, features, blocks).to(device)
+        d, writers = c.distillation, {}
+        if self.is_base and d.hints > 0:  # of blocks whose output a unit writes, so that its channels are known
+            roles = unit_roles(network)
+            written = {b: [u for u in units if u.startswith(b + ".") and roles.get(u) == "stream"]
+                       for b in residual_blocks(network)}  # fmt: skip
+            writers = {b: found[-1] for b, found in written.items() if found}
+        teacher = FrozenNetwork(dense_network, features, tuple(writers)).to(device)
         if self.preprocess != self.taught_at:
             teacher.look_from(size)
         sizes = feature_sizes(teacher, torch.zeros(1, 3, size, size, device=device))
@@ -305,10 +325,8 @@ class Setup:
         ]
         if self.is_base and d.logits > 0:
             terms.append(LogitDistillation(d.logits, d.temperature))
-        if blocks:
-            roles = unit_roles(network)
-            writers = {b: u for b in blocks for u in units if u.startswith(b + ".") and roles.get(u) == "stream"}
-            terms.append(BlockHints(d.hints, {b: writers.get(b, "") for b in blocks}))
+        if writers:
+            terms.append(BlockHints(d.hints, writers))
         return terms, teacher
 
     def _anchor(self, network: nn.Module) -> nn.Module:
@@ -443,7 +461,7 @@ class Setup:
 
         fabric = self.fabric
         return {
-            "afds": __version__, "command": shlex.join(["afds", *sys.argv[1:]]),
+            "afds": __version__, "command": _command(),
             "config": to_json(dataclasses.replace(self.config, resume=None)), "data": facts,
             "resolved": {"epochs": self.plan.epochs, "steps_per_epoch": self.plan.steps_per_epoch,
                          "input_size": self.preprocess.input_size, "taught_at": self.taught_at.input_size,

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -134,7 +135,8 @@ def settle_winners(
     if refit is not None:
         unexplained = refit(network, ridge=d.ridge, channels=state.settled, told=told("refitting layers"))
     else:
-        reestimate_norms(network, plan.labelled, len(plan.labelled))
+        whole = [batch for batch in plan.labelled if len(batch[1]) == len(plan.labelled[0][1])]  # all count as much
+        reestimate_norms(network, whole, len(whole))
     _agree(fabric, network)
     cost = CostMeter(network, plan.reference_macs)(plan.probe[0][:1])[1]
     record.write("stage", epoch=epoch, step=step, target_ratio=descent.ratio, ratio=cost.ratio, t=t, densities=chosen,
@@ -180,7 +182,7 @@ def _allocation(
         nonlocal tried
         tried += 1
         tell(tried, d.trials)
-        record.write("trial", stream=exponents.stream, stages=exponents.stages, divergence=divergence)
+        record.write("trial", epoch=state.epoch, divergence=divergence, **dataclasses.asdict(exponents))
 
     return balancing.allocation(balancing.balance(judge, stages, d.trials, told), layers)
 

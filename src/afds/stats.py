@@ -28,8 +28,10 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        """Whether the interval leaves 0 out, and the test, where there is one, agrees."""
+        if self.low is None or self.high is None or (self.p is not None and self.p >= 0.05):
+            return False
+        return self.low > 0 or self.high < 0
 
 
 def spread(values: Sequence[float]) -> float | None:
@@ -48,8 +50,10 @@ def paired(ours: Sequence[float], theirs: Sequence[float], hits: Sequence[tuple[
     if len(gaps) < 2:
         return Difference(mean, None, None, None, "one seed")
     error = statistics.stdev(gaps) / len(gaps) ** 0.5
+    if max(gaps) - min(gaps) < 1e-9 and not hits:  # as few test images bring about; it is no interval of width 0
+        return Difference(mean, None, None, None, f"{len(gaps)} seeds with the same difference: no interval")
     reach = float(scipy_stats.t.ppf(0.975, len(gaps) - 1)) * error
-    p: float | None = float(2 * scipy_stats.t.sf(abs(mean) / error, len(gaps) - 1)) if error > 0 else float(mean == 0)
+    p: float | None = float(2 * scipy_stats.t.sf(abs(mean) / error, len(gaps) - 1)) if error > 0 else None
     how = f"paired t, {len(gaps)} seeds"
     if hits:
         by_image = np.mean([_right(a) - _right(b) for a, b in hits], axis=0)

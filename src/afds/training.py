@@ -38,6 +38,8 @@ from afds.state import Plan, State
 from afds.task import learning_rate
 from afds.views import views_of
 
+LOGGED = 10  # steps between two lines of the record
+
 
 def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Callable[[dict[str, Any]], None]) -> None:
     """Run, or go on with, the training of ``plan``; its network is then in its final state."""
@@ -55,8 +57,7 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
             raise
         raise RunFolderError(f"{out / 'last.ckpt'} is not of this run ({str(error).splitlines()[0]}). Start the run "
                              "again in a new folder.") from error  # fmt: skip
-    if saved is not None:
-        record.rewind(state.epoch)
+    record.rewind(state.epoch)  # also without a checkpoint: what was stopped in its first epoch has left lines
     timed = TimedLoader(plan.train_loader)
     meter = CostMeter(task.network, plan.reference_macs)
     for epoch in range(state.epoch, plan.epochs):
@@ -97,7 +98,7 @@ def train(fabric: Fabric, plan: Plan, out: Path, record: Record, progress: Calla
             progress({"epoch": epoch, "epochs": plan.epochs, "step": step, "steps": plan.epochs * plan.steps_per_epoch,
                       "loss": sums.last, "images": len(y_B) * fabric.world_size,
                       "wait_share": timed.wait_share})  # fmt: skip
-            if step % 10 == 0 or step % plan.steps_per_epoch == 0:
+            if step % LOGGED == 0 or step % plan.steps_per_epoch == 0:
                 record.write("step", epoch=epoch, step=step, lr=rate, wait_share=round(timed.wait_share, 4),
                              images_per_s=images / (time.perf_counter() - started), **sums.recent())  # fmt: skip
         seconds = time.perf_counter() - started

@@ -8,6 +8,7 @@ from PIL import Image
 import afds  # noqa: F401
 from afds.data.cache import ImageCache
 from afds.data.images import read_shrunk
+from afds.data.shared import ROOM
 
 
 def test_what_is_put_comes_back_and_the_rest_does_not(tmp_path):
@@ -42,3 +43,10 @@ def test_it_stops_at_its_bytes(tmp_path):
     assert cache.get(3) is None
     cache.put(1, image)
     assert np.array_equal(cache.get(1), image)
+
+
+def test_room_is_left_for_the_batches_of_workers(tmp_path, monkeypatch):
+    Image.new("RGB", (10, 10)).save(tmp_path / "a.png")
+    for free, kept in ((299, 1), (300, 0), (299 + ROOM, 0), (300 + ROOM, 1)):  # 299: it goes to a temporary file
+        monkeypatch.setattr("afds.data.cache.free_shared", lambda free=free: free)
+        assert len(ImageCache([tmp_path / "a.png"], shrink_to=None, max_bytes=600)) == kept

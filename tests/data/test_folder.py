@@ -7,8 +7,8 @@ import os
 import pytest
 
 import afds  # noqa: F401  (mends torchvision before afds.data imports it)
-from afds.data.folder import scan
-from afds.errors import DataError
+from afds.data.folder import image_files, scan
+from afds.errors import AfdsWarning, DataError
 
 
 def test_class_folders(make_tree):
@@ -152,3 +152,23 @@ def test_links_that_lead_in_circles_are_named_and_passed_over(make_tree) -> None
     assert folder.classes == ("cat", "dog", "shared")
     assert any("again" in w and "circle" in w for w in folder.warnings)
     assert any("self" in w and "circle" in w for w in folder.warnings)
+
+
+def test_photos_beside_others_that_cannot_be_read_are_counted(make_tree) -> None:
+    root = make_tree({"cat": 3, "dog": 3})
+    for i in range(4):
+        (root / "cat" / f"{i}.HEIC").write_bytes(b"x")
+    (root / "dog" / "notes.txt").write_text("x")
+    (root / "dog" / "Thumbs.db").write_bytes(b"x")
+    (warning,) = scan(root).warnings
+    assert "not all that is in the class folders is used" in warning
+    assert warning.endswith("Pillow reads no such photos: 4 files with .heic.")
+    with pytest.warns(AfdsWarning, match=r"4 files with \.heic\.$"):
+        assert len(list(image_files([root]))) == 6
+
+
+def test_a_folder_is_read_where_links_in_it_lead_in_circles(make_tree) -> None:
+    root = make_tree({"cat": 3})
+    (root / "self").symlink_to("self")
+    (root / "cat/again").symlink_to(root, target_is_directory=True)
+    assert len(list(image_files([root]))) == 3

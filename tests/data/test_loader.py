@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,9 @@ from afds.data.folder import Item
 from afds.data.images import ImageError
 from afds.data.loader import ImageDataset, make_loader, set_epoch
 from afds.data.preprocess import Preprocess
+from afds.data.shared import free_shared
 from afds.data.transforms import Augment, eval_transform, train_transform
-from afds.errors import ConfigError, DataError
+from afds.errors import AfdsWarning, ConfigError, DataError
 
 PREPROCESS = Preprocess(16, 18, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 N = 10
@@ -163,3 +166,12 @@ def test_nonsense_is_refused(items):
     for options in ({"batch_size": 0}, {"batch_size": 2, "workers": -1}, {"batch_size": 2, "seed": -1}):
         with pytest.raises(ConfigError):
             make_loader(dataset, **{"shuffle": False, "seed": 0, **options})
+
+
+def test_without_room_to_hand_photos_over_there_are_no_workers(items, truth, monkeypatch):
+    monkeypatch.setattr("afds.data.loader.free_shared", lambda: 64 * 2**20)
+    with pytest.warns(AfdsWarning, match="64 MB free, too few for 2 processes"):
+        loader = loader_of(items, workers=2)
+    assert loader.num_workers == 0
+    assert free_shared("/nowhere") == sys.maxsize
+    assert 0 < free_shared("/tmp") < sys.maxsize

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import afds  # noqa: F401
 from afds.data.folder import Folder, Item
-from afds.data.split import make_splits
+from afds.data.split import classes_unseen, make_splits
 from afds.errors import ConfigError, DataError
 
 
@@ -114,3 +114,12 @@ def test_too_few(sizes, says):
 def test_fractions_that_make_no_sense(fractions):
     with pytest.raises(ConfigError):
         make_splits(folder_of([9, 9]), val_fraction=fractions[0], test_fraction=fractions[1], seed=0)
+
+
+def test_classes_that_nothing_judges_are_named():
+    folder = folder_of([5] * 12)
+    splits = make_splits(folder, val_fraction=0.1, test_fraction=0.15, seed=0)
+    told = classes_unseen(splits, folder)
+    assert [line.split(",")[0] for line in told] == ["no validation image of 6 classes", "no test image of 3 classes"]
+    folder = folder_of([20] * 3)
+    assert classes_unseen(make_splits(folder, val_fraction=0.1, test_fraction=0.15, seed=0), folder) == []

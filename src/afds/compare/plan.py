@@ -115,14 +115,22 @@ class CompareConfig:
         names = [path.resolve().name for path in self.data]
         if len(set(names)) != len(names):
             raise ConfigError(f"--data: two folders are called {max(names, key=names.count)}; results go by name.")
-        slugs = [row.slug for row in self.all_rows()]
-        if len(set(slugs)) != len(slugs):
-            raise ConfigError(f"The row {max(slugs, key=slugs.count)!r} is there twice.")
+        folders: dict[str, str] = {}
+        for row in self.all_rows():
+            other = folders.setdefault(row.slug, row.name)
+            if other is not row.name:
+                if other == row.name:
+                    raise ConfigError(f"The row {row.name!r} is there twice.")
+                raise ConfigError(f"The rows {other!r} and {row.name!r} would share a folder: give one another name.")
         for budget in self.all_budgets():
             if parse_budget(budget).ms is not None:
                 raise ConfigError(f"--budgets {budget}: all rows of a comparison are held to the same MACs, and trials "
                                   "beside one another would disturb a stopwatch. Give ratios such as 5x; `afds fit` "
                                   "takes milliseconds, `afds measure` times what is done.")  # fmt: skip
+        if self.tune_at and self.trials == 1:
+            raise ConfigError(f"--tune-at {self.tune_at} has no effect without tuning: add --trials 2 or more.")
+        if self.tune_at and self.tune_at not in self.all_budgets():
+            raise ConfigError(f"--tune-at {self.tune_at} is none of --budgets {self.budgets}.")
         self.reference_row()
 
     def all_rows(self) -> list[Row]:

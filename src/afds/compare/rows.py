@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import tomllib
@@ -21,7 +22,8 @@ from afds.config import FitConfig, from_json, parse_method, to_json
 from afds.errors import ConfigError
 
 # What the comparison itself decides; a row may not.
-FIXED = ("data", "out", "resume", "budget", "method", "seed", "source", "arch_args", "teacher", "anchor", "read_test")
+FIXED = ("data", "out", "resume", "budget", "method", "seed", "source", "arch_args", "teacher", "anchor", "read_test",
+         "base_epochs", "latency")  # fmt: skip
 _ROW = re.compile(r"\s*([A-Za-z0-9+-]+)\s*(?:\[(.*)\])?\s*", re.DOTALL)
 
 
@@ -35,8 +37,11 @@ class Row:
 
     @property
     def slug(self) -> str:
-        """For folder names."""
-        return re.sub(r"[^A-Za-z0-9.+-]+", "_", self.name).strip("_")[:80]
+        """For folder names; with a digest where names that differ would else be one: long ones, other alphabets."""
+        short = re.sub(r"[^A-Za-z0-9.+-]+", "_", self.name).strip("_")
+        if self.name.isascii() and 0 < len(short) <= 80:
+            return short
+        return f"{short[:71]}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}".lstrip("-")
 
     def apply(self, config: FitConfig) -> FitConfig:
         """The options of a fit with this row's method and options."""
@@ -59,6 +64,8 @@ def parse_row(text: str, name: str | None = None) -> Row:
         if not equals:
             raise ConfigError(f"{text}: {part!r} should be option=value, such as distillation.afd=0.")
         overrides.append((option.strip().replace("-", "_"), _value(value.strip())))
+    if "small_source" in dict(overrides) and "small" not in parse_method(match[1])[1]:
+        raise ConfigError(f"{text}: small_source has no effect without +small, such as l2+small.")
     row = Row(name or text.strip(), match[1], tuple(overrides))
     row.apply(FitConfig())
     return row
@@ -94,7 +101,7 @@ def override(config: FitConfig, values: dict[str, Any], where: str) -> FitConfig
             place = place.get(group) if isinstance(place, dict) else None
         if not isinstance(place, dict) or last not in place or isinstance(place[last], dict):
             raise ConfigError(f"{where}: there is no option {option!r}; `afds fit --help` lists them.")
-        if option in FIXED:
+        if option.partition(".")[0] in FIXED:
             raise ConfigError(f"{where}: {option} is the same for all rows of a comparison.")
         place[last] = value
     result: FitConfig = from_json(FitConfig, plain, where)

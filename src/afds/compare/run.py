@@ -30,7 +30,7 @@ from afds.compare.plan import (
 from afds.compare.pools import make_pool
 from afds.compare.rows import Row
 from afds.config import FitConfig, refuse_idle, resolve_method, to_json
-from afds.data import make_splits, scan
+from afds.data import make_splits, scan, with_unlabelled
 from afds.errors import AfdsError, ConfigError, RunFolderError, TrainingError
 from afds.files import alone_in, check_beside, check_place, is_empty, read_json, write_atomic, write_json
 from afds.fitting import fit, read_photos, read_result
@@ -75,11 +75,14 @@ def _do(
     c: CompareConfig, console: Console, pool: Executor, slots: int | None, plan: list[Trial], prints: dict[str, str]
 ) -> list[dict[str, Any]]:
     write_json(c.out / "compare.json",
-               {"options": identity(c), "rows": _definitions(c), "data": {**_known_photos(c), **prints}})  # fmt: skip
+               {"options": identity(c), "rows": {**_known(c, "rows"), **_definitions(c)},
+                "data": {**_known(c, "data"), **prints}})  # fmt: skip
     lines = _known_lines(c)
     for trial in plan:
         c.out.joinpath(trial.key).parent.mkdir(parents=True, exist_ok=True)
     todo = to_do(plan, lines)
+    for key in todo:
+        lines.pop(key, None)  # of a base whose folder is gone
     plan = [trial for trial in plan if trial.key in lines or trial.key in todo]
     console.print(f"{len(plan)} trials, {len(plan) - len(todo)} of them done.")
 
@@ -99,13 +102,18 @@ def _do(
 
 
 def to_do(plan: list[Trial], lines: Mapping[str, Any]) -> dict[str, Trial]:
-    """Trials that have no line yet; of bases only those that one of these starts from.
+    """Trials that have no line yet; of bases only those that one of these starts from, if their folder is not there.
 
     Kept lines of final runs are so enough to go on from, on another machine, without the folders behind them.
     """
-    left = {trial.key: trial for trial in plan if trial.key not in lines}
-    needed = {key for trial in left.values() for key in trial.needs}
-    return {key: trial for key, trial in left.items() if trial.kind != "base" or key in needed}
+    left = {trial.key for trial in plan if trial.kind != "base" and trial.key not in lines}
+    needed = {key for trial in plan if trial.key in left for key in trial.needs}
+
+    def is_missing(base: Trial) -> bool:
+        line = lines.get(base.key)
+        return line is None or (line["error"] is None and not is_run(base.config.out or base.key))
+
+    return {t.key: t for t in plan if t.key in left or (t.kind == "base" and t.key in needed and is_missing(t))}
 
 
 def preflight(c: CompareConfig, console: Console) -> dict[str, str]:
@@ -126,23 +134,25 @@ def preflight(c: CompareConfig, console: Console) -> dict[str, str]:
                 console.print(f"{row.name}: at 1x it is a dense method; not run.", markup=False)
             for budget in budgets:
                 try:
-                    # The source step has data of its own and is checked by its own fit.
-                    config = dataclasses.replace(whole_fit(c, row, data, budget, 0), source_data=None)
-                    config = resolve_method(config)
+                    config = resolve_method(whole_fit(c, row, data, budget, 0))
                     refuse_idle(config)
-                    Setup(config, splits, fabric, rehearsal=True)
+                    # The source step has data of its own and is checked by its own fit.
+                    config = dataclasses.replace(config, source_data=None)
+                    own = with_unlabelled(splits, config.unlabelled) if config.unlabelled else splits
+                    Setup(config, own, fabric, rehearsal=True)
                 except AfdsError as error:
                     raise type(error)(f"{row.name} at {budget} on {data}: {error}") from error
     return prints
 
 
-def _known_photos(c: CompareConfig) -> dict[str, str]:
+def _known(c: CompareConfig, what: str) -> dict[str, Any]:
+    """Fingerprints of the photos (`data`), or definitions of the rows, of all starts before."""
     path = c.out / "compare.json"
-    return dict(read_json(path).get("data", {})) if path.exists() else {}
+    return dict(read_json(path).get(what, {})) if path.exists() else {}
 
 
 def _same_photos(c: CompareConfig, prints: dict[str, str]) -> None:
-    for name, known in _known_photos(c).items():
+    for name, known in _known(c, "data").items():
         if prints.get(name, known) != known:
             raise RunFolderError(f"{c.out}: the photos of {name} are not those that it was begun with. Results of both "
                                  "in one table would not compare: use a new --out.")  # fmt: skip
@@ -150,11 +160,11 @@ def _same_photos(c: CompareConfig, prints: dict[str, str]) -> None:
 
 def _check_sources(c: CompareConfig, data: Path) -> None:
     """A source that is a run has its split; each seed draws one, and must not hold out what the source has learned."""
-    if not is_run(c.source):
+    if not is_run(c.source) and not (c.small_source and is_run(c.small_source)):
         return
     folder = scan(data)
     for seed in range(c.seeds):
-        config = whole_fit(c, c.all_rows()[0], data, "1x", seed)
+        config = dataclasses.replace(whole_fit(c, c.all_rows()[0], data, "1x", seed), small_source=c.small_source)
         drawn = config.data_options
         splits = make_splits(folder, val_fraction=drawn.val_fraction, test_fraction=drawn.test_fraction, seed=seed)
         try:
@@ -182,10 +192,16 @@ def check_folder(c: CompareConfig) -> None:
         if old != value:
             raise RunFolderError(f"{c.out} was made with {name} = {old!r}, now it is {value!r}. Results of both in one "
                                  "table would not compare: use the old value, or a new --out.")  # fmt: skip
+    rows = saved.get("rows", {})
     for name, definition in _definitions(c).items():
-        old = saved.get("rows", {}).get(name, definition)
+        old = rows.get(name, definition)
         if old != definition:
             raise RunFolderError(f"{c.out}: the row {name!r} was {old}, now it is {definition}. Give it a new name.")
+    folders = {Row(name, "").slug: name for name in rows}
+    for row in c.all_rows():
+        if folders.get(row.slug, row.name) != row.name:
+            raise RunFolderError(f"{c.out}: the results of the row {folders[row.slug]!r} lie where those of "
+                                 f"{row.name!r} would. Give it another name.")  # fmt: skip
 
 
 def _definitions(c: CompareConfig) -> dict[str, Any]:
@@ -230,18 +246,20 @@ def _run(pool: Executor, slots: int, todo: dict[str, Trial], lines: dict[str, An
     """Hand ``slots`` trials at a time to the pool, none before those that it needs; note their lines as they come."""
     left, running = {trial.key: trial for trial in _in_order(todo)}, set[Future[dict[str, Any]]]()
     while left or running:
-        for key in [k for k, t in left.items() if all(n in lines for n in t.needs)]:
-            if len(running) < slots:
-                running.add(pool.submit(run_trial, _ready(left.pop(key), lines, rows)))
-        done, running = wait(running, return_when=FIRST_COMPLETED)
-        for future in done:
-            try:
-                line = future.result()
-            except BrokenExecutor as error:
-                raise TrainingError("The process of a trial was ended from outside, for want of memory perhaps. Start "
-                                    "again, with fewer --jobs if it was: what is done is kept, what was begun goes "
-                                    "on.") from error  # fmt: skip
-            note(line)
+        try:
+            for key in [k for k, t in left.items() if all(n in lines for n in t.needs)]:
+                failed = [lines[n] for n in left[key].needs if lines[n]["kind"] == "base" and lines[n]["error"]]
+                if failed:
+                    note(_without_base(_ready(left.pop(key), lines, rows), failed[0]))
+                elif len(running) < slots:
+                    running.add(pool.submit(run_trial, _ready(left.pop(key), lines, rows)))
+            done, running = wait(running, return_when=FIRST_COMPLETED) if running else (set(), running)
+            for future in done:
+                note(future.result())
+        except BrokenExecutor as error:
+            raise TrainingError("The process of a trial was ended from outside, for want of memory perhaps. Start "
+                                "again, with fewer --jobs if it was: what is done is kept, what was begun goes "
+                                "on.") from error  # fmt: skip
 
 
 def _in_order(todo: dict[str, Trial]) -> list[Trial]:
@@ -260,6 +278,18 @@ def _ready(trial: Trial, lines: dict[str, Any], rows: dict[str, Row]) -> Trial:
     return dataclasses.replace(trial, candidate=best, config=candidate_config(trial.config, rows[trial.row], best))
 
 
+def _without_base(trial: Trial, base: dict[str, Any]) -> dict[str, Any]:
+    """The line of a trial whose base diverged: a result too, and no reason to stop the others."""
+    return base | _names(trial) | {"error": f"its base, {base['key']}, failed: {base['error']}", "seconds": 0.0,
+                                   "config": to_json(trial.config)}  # fmt: skip
+
+
+def _names(trial: Trial) -> dict[str, Any]:
+    return {"key": trial.key, "kind": trial.kind, "data": trial.data, "row": trial.row, "budget": trial.budget,
+            "seed": trial.seed,
+            "multiples": dict(zip(("lr", "weight"), CANDIDATES[trial.candidate], strict=True))}  # fmt: skip
+
+
 def run_trial(trial: Trial) -> dict[str, Any]:
     """Fit, or go on with, or only read; returns the trial's line. A diverged training is a result too."""
     config, error = trial.config, None
@@ -267,7 +297,7 @@ def run_trial(trial: Trial) -> dict[str, Any]:
     assert out is not None
     if not is_run(out):
         if (out / "config.json").exists():
-            config = FitConfig(resume=out)
+            config = FitConfig(resume=out, data=config.data)
         elif out.exists():  # killed before its first line
             shutil.rmtree(out)
         try:
@@ -275,9 +305,7 @@ def run_trial(trial: Trial) -> dict[str, Any]:
         except TrainingError as diverged:
             error = str(diverged)
     record = read_json(out / "config.json")
-    line: dict[str, Any] = {
-        "key": trial.key, "kind": trial.kind, "data": trial.data, "row": trial.row, "budget": trial.budget,
-        "seed": trial.seed, "multiples": dict(zip(("lr", "weight"), CANDIDATES[trial.candidate], strict=True)),
+    line: dict[str, Any] = _names(trial) | {
         "val": None, "test": None, "hits": None, "macs": None, "dense_macs": None, "ratio": None, "seconds": 0.0,
         "error": error, "config": record["config"], "resolved": record["resolved"], "afds": record["afds"],
         "hardware": record["hardware"], "latency_ms": None, "test_photos": record["data"].get("test_fingerprint"),

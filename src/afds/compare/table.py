@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from afds.compare.plan import two_steps
@@ -153,12 +154,12 @@ def footnote(found: Sequence[Cell], reference: str, trials: int) -> str:
 def terminal(found: Sequence[Cell]) -> list[Table]:
     tables = []
     for data in dict.fromkeys(cell.data for cell in found):
-        table = Table(title=data)
+        table = Table(title=escape(data))
         for i, name in enumerate(HEAD):
             table.add_column(name, justify="left" if i == 0 else "right")
         for cell in found:
             if cell.data == data:
-                table.add_row(*texts(cell))
+                table.add_row(*map(escape, texts(cell)))
         tables.append(table)
     return tables
 
@@ -167,7 +168,8 @@ def markdown(found: Sequence[Cell], note: str) -> str:
     """The same as Markdown, a table for each data set."""
     parts = []
     for data in dict.fromkeys(cell.data for cell in found):
-        body = ["| " + " | ".join(texts(cell)).replace("*", "\\*") + " |" for cell in found if cell.data == data]
+        shown = [[text.replace("*", "\\*").replace("|", "\\|") for text in texts(c)] for c in found if c.data == data]
+        body = [f"| {' | '.join(row)} |" for row in shown]
         lines = [f"**{data}**", "", "| " + " | ".join(HEAD) + " |", "|---" + "|---:" * (len(HEAD) - 1) + "|", *body]
         parts.append("\n".join(lines))
     return "\n\n".join([*parts, note.replace("*", "\\*")]) + "\n"

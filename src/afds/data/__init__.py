@@ -10,7 +10,7 @@ from afds.data.folder import UNLABELLED, Folder, Item, image_files, scan
 from afds.data.images import ImageError, read_rgb, read_shrunk, to_rgb
 from afds.data.loader import ImageDataset, make_loader, set_epoch
 from afds.data.preprocess import Preprocess
-from afds.data.split import Splits, make_splits
+from afds.data.split import Splits, classes_unseen, make_splits
 from afds.data.timing import TimedLoader
 from afds.data.transforms import Augment, Transform, TwoViews, eval_transform, train_transform
 from afds.data.unlabelled import with_unlabelled
@@ -29,6 +29,7 @@ __all__ = [
     "TwoViews",
     "Unreadable",
     "check_images",
+    "classes_unseen",
     "describe",
     "eval_transform",
     "image_files",

@@ -2,7 +2,8 @@
 
 One flat buffer, made before the workers start, with a slot for each image as large as its header says it
 will be. Whoever decodes an image first writes it there. `multiprocessing.RawArray` is shared by forked and
-by spawned workers alike, and moves to a temporary file where /dev/shm is too small (as in containers).
+by spawned workers alike, and moves to a temporary file where /dev/shm is too small (as in containers). Where it would
+just fit there, and leave workers no room for their batches, nothing is kept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afds.data.images import header_size, shrunk_size
+from afds.data.shared import ROOM, free_shared
 
 
 class ImageCache:
@@ -30,6 +32,8 @@ class ImageCache:
             if end > max_bytes:
                 break
             starts.append(end)
+        if starts[-1] <= free_shared() < starts[-1] + ROOM:
+            starts = starts[:1]
         self._starts = np.array(starts)
         self._pixels = multiprocessing.RawArray("B", max(1, starts[-1]))
         self._shapes = multiprocessing.RawArray("i", 2 * len(starts))  # height, width; 0 while not there

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,11 +23,28 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from afds.errors import DataError
+from afds.errors import AfdsWarning, DataError
 
 _SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"}
 _NOT_PHOTOS = {"EPS", "MPEG", "HDF5", "GRIB", "BUFR", "WMF"}  # stubs, or read through an outside program
+_KNOWN_OTHERS = {
+    "thumbs.db",
+    "desktop.ini",
+    ".txt",
+    ".json",
+    ".xml",
+    ".csv",
+    ".tsv",
+    ".md",
+    ".html",
+    ".yaml",
+    ".yml",
+    ".ini",
+    ".log",
+    ".mat",
+    ".npy",
+}  # what lies beside photos and is none: nobody misses it
 _SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "__pycache__"}  # left behind by zip tools, NAS boxes and Python
 
 
@@ -85,9 +103,15 @@ def _files_of(paths: Sequence[Path | str]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        found = sorted(p for p in _files_below(path) if p.suffix.lower() in extensions)
+        files = sorted(_files_below(path))
+        found = [p for p in files if p.suffix.lower() in extensions]
+        missed = [p.name for p in files if p.suffix.lower() not in extensions and not _is_known_other(p.name)]
         if not found:
-            raise DataError(f"{path}: no image in this folder.")
+            raise DataError(f"{path}: no image in this folder.{_passed_over(missed)}")
+        if missed:
+            warnings.warn(
+                f"{path}: not all that is in this folder is used.{_passed_over(missed)}", AfdsWarning, stacklevel=2
+            )
         yield from found
 
 
@@ -96,9 +120,14 @@ def _files_below(folder: str | Path, above: frozenset[str] = frozenset()) -> Ite
     here = os.path.realpath(folder)
     if here in above:
         return
-    with os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name not in _SYSTEM_FOLDERS]
+    try:
+        with os.scandir(folder) as entries:
+            visible = [e for e in entries if not e.name.startswith(".") and e.name not in _SYSTEM_FOLDERS]
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror}); check its rights.") from error
     for entry in visible:
+        if entry.is_symlink() and _circles(entry.path):
+            continue
         if entry.is_dir():
             yield from _files_below(entry.path, above | {here})
         elif entry.is_file() or entry.is_symlink():  # a link to nothing is named by who reads it
@@ -198,7 +227,7 @@ class _Scanner:
     ) -> tuple[tuple[str, ...], dict[str, tuple[Item, ...]]]:
         beside = sorted(e.name for e in top.folders if Path(e.path) not in folders.values())
         if beside or top.images:
-            names = _some([f"{n}/" for n in beside] + [os.path.basename(p) for p in top.images])
+            names = some_of([f"{n}/" for n in beside] + [os.path.basename(p) for p in top.images])
             self.warnings.append(f"{self.root}: not used, because it lies beside train/: {names}.")
         train_folder = folders["train"]
         classes, train = self._read_classes(train_folder, self._list(train_folder), None)
@@ -216,10 +245,10 @@ class _Scanner:
         if listing.images:
             if not listing.folders:
                 raise DataError(
-                    f"{folder}: {_count(len(listing.images), 'image')} and no class folders. Put each "
+                    f"{folder}: {count_of(len(listing.images), 'image')} and no class folders. Put each "
                     f"image into a folder named after its class, as in {folder}/CLASS/image.jpg."
                 )
-            names = _some(sorted(os.path.basename(p) for p in listing.images))
+            names = some_of(sorted(os.path.basename(p) for p in listing.images))
             self.warnings.append(f"{folder}: images outside the class folders are not used: {names}.")
         if not listing.folders:
             raise DataError(f"{folder}: no class folders and no images in it.{self._seen(listing.others)}")
@@ -234,12 +263,15 @@ class _Scanner:
             self._refuse_no_images(folder, found)
         if known is not None and (strangers := sorted(set(found) - set(known))):
             raise DataError(
-                f"{folder}: classes that train/ does not have: {_some(strangers)}. "
+                f"{folder}: classes that train/ does not have: {some_of(strangers)}. "
                 "Rename them as in train/, or take them out."
             )
         self._check_each(folder, found, must_have_images=known is None)
+        missed = [name for inside in found.values() for name in inside.others if not _is_known_other(name)]
+        if missed:
+            self.warnings.append(f"{folder}: not all that is in the class folders is used.{self._seen(missed)}")
         if known is not None and (missing := [c for c in known if c not in found or not found[c].images]):
-            self.warnings.append(f"{folder}: no image of {_count(len(missing), 'class')}: {_some(missing)}.")
+            self.warnings.append(f"{folder}: no image of {count_of(len(missing), 'class')}: {some_of(missing)}.")
         classes = known or tuple(sorted(found))
         items = [
             Item(Path(path), label)
@@ -256,33 +288,29 @@ class _Scanner:
             raise DataError(f"{folder}: the class folders seem to lie one level deeper. Give {folder / only} instead.")
         if deeper:
             raise DataError(
-                f"{folder}: its folders hold no images, only folders ({_some(deeper)}). "
+                f"{folder}: its folders hold no images, only folders ({some_of(deeper)}). "
                 "Give a folder whose folders are the classes, or name the training split train/."
             )
         others = [name for listing in found.values() for name in listing.others]
-        raise DataError(f"{folder}: no image in its {_count(len(found), 'folder')}.{self._seen(others)}")
+        raise DataError(f"{folder}: no image in its {count_of(len(found), 'folder')}.{self._seen(others)}")
 
     def _check_each(self, folder: Path, found: dict[str, _Listing], *, must_have_images: bool) -> None:
         empty = sorted(name for name, inside in found.items() if not inside.images)
         if empty and must_have_images:
             others = [name for c in empty for name in found[c].others]
             nested = [c for c in empty if found[c].folders]
-            hint = f" The images of {_some(nested)} may lie one level deeper." if nested else ""
+            hint = f" The images of {some_of(nested)} may lie one level deeper." if nested else ""
             raise DataError(
-                f"{folder}: class folders without an image: {_some(empty)}. Fill them or delete them."
+                f"{folder}: class folders without an image: {some_of(empty)}. Fill them or delete them."
                 f"{hint}{self._seen(others)}"
             )
         nested = sorted(name for name, inside in found.items() if inside.images and inside.folders)
         if nested:
-            self.warnings.append(f"{folder}: folders inside class folders are not used: in {_some(nested)}.")
+            self.warnings.append(f"{folder}: folders inside class folders are not used: in {some_of(nested)}.")
 
     def _seen(self, names: Iterable[str]) -> str:
         """What was found in place of images, as a sentence."""
-        endings = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in names)
-        if not endings:
-            return ""
-        listed = ", ".join(f"{_count(n, 'file')} with {e}" for e, n in endings.most_common(3))
-        return f" Passed over, as Pillow reads no such photos: {listed}."
+        return _passed_over(names)
 
     def _warn_small_classes(self, classes: tuple[str, ...], splits: dict[str, tuple[Item, ...]]) -> None:
         sizes = Counter(item.label for item in splits.get("train", splits.get("all", ())))
@@ -293,8 +321,20 @@ class _Scanner:
             ("a single training image", [i for i in single if i in checked]),
         ):
             if labels:
-                names = _some([classes[i] for i in labels])
-                self.warnings.append(f"{_count(len(labels), 'class')} with {what}: {names}.")
+                names = some_of([classes[i] for i in labels])
+                self.warnings.append(f"{count_of(len(labels), 'class')} with {what}: {names}.")
+
+
+def _is_known_other(name: str) -> bool:
+    return name.lower() in _KNOWN_OTHERS or os.path.splitext(name)[1].lower() in _KNOWN_OTHERS
+
+
+def _passed_over(names: Iterable[str]) -> str:
+    endings = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in names)
+    if not endings:
+        return ""
+    listed = ", ".join(f"{count_of(n, 'file')} with {e}" for e, n in endings.most_common(3))
+    return f" Passed over, as Pillow reads no such photos: {listed}."
 
 
 def _circles(link: str) -> bool:
@@ -318,12 +358,12 @@ def _class_name(entry: os.DirEntry[str]) -> str:
     return name
 
 
-def _some(names: list[str], limit: int = 5) -> str:
+def some_of(names: list[str], limit: int = 5) -> str:
     """'a, b, c' or 'a, b, c and 7 more'."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def _count(n: int, noun: str) -> str:
+def count_of(n: int, noun: str) -> str:
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{n} {noun if n == 1 else plural}"

@@ -12,6 +12,7 @@ at 0 again in a resumed run.)
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +24,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from afds.data.cache import ImageCache
 from afds.data.folder import Item
 from afds.data.images import ImageError, read_shrunk
+from afds.data.shared import PLACE, ROOM, free_shared
 from afds.data.transforms import Transform, TwoViews
-from afds.errors import ConfigError, DataError
+from afds.errors import AfdsWarning, ConfigError, DataError
 
 DEFAULT_CACHE_BYTES = 2**30
 
@@ -162,6 +164,11 @@ def make_loader(
         if value < least:
             raise ConfigError(f"{name} is {value}; give at least {least}.")
     dataset.epoch = epoch
+    if workers and (free := free_shared()) < ROOM:
+        told = (f"{PLACE} has {free // 2**20} MB free, too few for {workers} processes to hand photos over: they are "
+                "read in this one. Give more (docker run --shm-size 1g), or --data-options.workers 0.")  # fmt: skip
+        warnings.warn(told, AfdsWarning, stacklevel=2)
+        workers = 0
     return _Loader(
         dataset,
         batch_size=min(batch_size, len(dataset)),

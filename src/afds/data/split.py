@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from afds.data.folder import Folder, Item
+from afds.data.folder import Folder, Item, count_of, some_of
 from afds.errors import ConfigError, DataError
 
 DEFAULT_VAL_FRACTION = 0.10  # of the images that are split
@@ -75,6 +75,17 @@ def make_splits(
         train, val = _split_off(train, round(total * val_fraction), fraction, folder, f"{seed}/val")
         _refuse_empty(val, "validation", val_fraction, total, folder)
     return Splits(folder.classes, train, val, test)
+
+
+def classes_unseen(splits: Splits, folder: Folder) -> list[str]:
+    """Which classes no image judges in the parts that were split off here: a sentence for each part."""
+    told = []
+    for part, name, items in (("val", "validation", splits.val), ("test", "test", splits.test or ())):
+        known = {item.label for item in items}
+        missing = [label for i, label in enumerate(splits.classes) if i not in known]
+        if items and missing and part not in folder.splits:
+            told.append(f"no {name} image of {count_of(len(missing), 'class')}, which have few: {some_of(missing)}.")
+    return told
 
 
 def _check_fractions(val_fraction: float, test_fraction: float) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from afds.artifact import Run, load_run
 from afds.compaction import deployable, static
-from afds.cost import has_selection, measure_cost
+from afds.cost import CostMeter, has_selection, reference_macs
 from afds.data import Item
 from afds.errors import AfdsError, ExportError
 from afds.evaluation import eval_batches, first_split, spaced
@@ -97,7 +97,7 @@ def export_run(
         network = static(run.model, (x_BCHW for x_BCHW, _ in eval_batches(run, training)))
     side, classes = run.preprocess.input_size, len(run.labels)
     probe = next(iter(eval_batches(run, held_out[1][:8])))[0] if held_out[1] else _noise(side)[0]
-    ratio = measure_cost(network, [probe]).ratio
+    ratio = CostMeter(network, reference_macs(run.structure)).mean([probe]).ratio
     facts = _facts(run, form, ratio)
     temporary = out.with_name(f".{secrets.token_hex(4)}.{out.name}")
     try:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from afds.errors import ExportError
-from afds.graph import ADDS, MULS, ThreadTracer, is_sigmoid, passes_channels, trace
+from afds.graph import ADDS, MULS, ThreadTracer, is_sigmoid, padding_of, passes_channels, trace
 from afds.selection import FollowingGate, Gate, SelectiveConvBN
 
 Handle = Any  # a tensor that is there (TorchOps) or that will be (a name in an ONNX graph)
@@ -552,12 +552,7 @@ def same_padding(conv: nn.Conv2d, size: Any) -> tuple[int, int, int, int]:
     """
     if type(conv).__name__ != "Conv2dSame":
         raise ExportError(f"a {type(conv).__name__} cannot be exported with its selection; export with --static.")
-    pads: list[int] = []
-    for i in (1, 0):
-        span = (conv.kernel_size[i] - 1) * conv.dilation[i] + 1
-        total = max(0, (-(-size[i] // conv.stride[i]) - 1) * conv.stride[i] + span - size[i])
-        pads += [total // 2, total - total // 2]
-    return pads[0], pads[1], pads[2], pads[3]
+    return padding_of(conv, size)
 
 
 class _Program(nn.Module):

@@ -94,6 +94,12 @@ class Facts:
         own, dense = number(resolved.get("input_size")), number(resolved.get("taught_at"))
         return (own, dense) if own is not None and dense is not None and own != dense else None
 
+    @property
+    def began_as(self) -> str:
+        """What this run began with, in a word or two: `dense`, or at how much of its cost."""
+        ratio = self.base.total("ratio") if self.base is not None else None
+        return "dense" if ratio is None or ratio < 1.01 else f"{ratio:.2f}x"
+
     def total(self, key: str) -> float | None:
         """`dense_macs`, `counted_macs` or `ratio`, of the final line or of the structure."""
         value = number(self.final.get(key))

@@ -42,8 +42,12 @@ Point = tuple[float, float]
 
 def loss_figure(facts: Facts) -> str:
     """Terms of the training loss against epochs, weighted as they were summed."""
+    options = facts.options
+    settles = (
+        options.get("method") == "afds" and options.get("budget") != "1x" and sub(options, "descent").get("settle")
+    )
     weights = {"ce": 1.0, "afd": _weight(facts, "afd"), "kd": _weight(facts, "logits"),
-               "hints": _weight(facts, "hints")}  # fmt: skip
+               "hints": _weight(facts, "hints", "recovery" if settles else "distillation")}  # fmt: skip
     names = {"loss": "total", "ce": "cross-entropy", "afd": "features (AFD)", "kd": "logits (KD)",
              "hints": "blocks (hints)"}  # fmt: skip
     series = {}
@@ -54,10 +58,15 @@ def loss_figure(facts: Facts) -> str:
             series[label] = points
     if len(series) == 2 and series.get("total") == series.get("cross-entropy"):
         del series["total"]
+    total = series.get("total", [])
+    known = [dict(points) for label, points in series.items() if label != "total"]
+    rest = [(x, y - sum(term.get(x, 0.0) for term in known)) for x, y in total]
+    if total and max(y for _, y in rest) > 0.01 * max(y for _, y in total):
+        series["other terms"] = rest  # of l2-sp, delta, slimming
 
     def draw(figure: Figure) -> None:
         ax = figure.subplots()
-        colours = (_INK, _A, _B, _C, _D)[: len(series)]
+        colours = (_INK, _A, _B, _C, _D, _MUTED)[: len(series)]
         for colour, (label, points) in zip(colours, series.items(), strict=True):  # a term without a colour is an error
             ax.plot(*_xy(points), color=colour, label=label)
         ax.set_ylim(bottom=0)
@@ -87,7 +96,7 @@ def accuracy_figure(facts: Facts) -> str:
         above.plot(*_xy(accuracy), color=_A)
         if dense is not None:
             above.axhline(dense, color=_INK, linestyle=":", linewidth=1)
-            above.annotate("dense", (0, dense), xycoords=("axes fraction", "data"), xytext=(2, 2), color=_INK,
+            above.annotate(facts.began_as, (0, dense), xycoords=("axes fraction", "data"), xytext=(2, 2), color=_INK,
                            textcoords="offset points", fontsize="small")  # fmt: skip
         _percents(above)
         _title(above, "validation accuracy")
@@ -247,8 +256,8 @@ def _percents(ax: Axes) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
 
 
-def _weight(facts: Facts, name: str) -> float:
-    value = number(sub(facts.options, "distillation").get(name))
+def _weight(facts: Facts, name: str, part: str = "distillation") -> float:
+    value = number(sub(facts.options, part).get(name))
     return 1.0 if value is None else value
 
 

@@ -15,7 +15,7 @@ from afds.report.verdict import verdict
 WEAKEST = 8  # classes shown
 
 ACCURACY = "Accuracy on the validation images after each epoch."
-DENSE = "Dotted: the dense network that it began with."
+DENSE = "Dotted: the {} network that it began with."
 DENSITY = "Below it the mean density of the layers, and shaded the epochs in which it falls."
 LOSS = "Mean training loss of each epoch; its terms as they are weighted in the sum."
 ENTROPY = (
@@ -101,7 +101,11 @@ def _accuracy_tile(facts: Facts, split: str, name: str) -> str:
         return ""
     notes = [margin(top1, number(metrics.get("images")))]
     shares["dense"] = number(reference.get("top1"))
-    for key, label in (("dense", "before selection"), ("balanced_accuracy", "class mean"), ("top5", "top 5")):
+    for key, label in (
+        ("dense", "before selection" if facts.began_as == "dense" else f"at {facts.began_as}"),
+        ("balanced_accuracy", "class mean"),
+        ("top5", "top 5"),
+    ):
         share = shares[key]
         if share is not None:
             notes.append(f"{label} {percent(share)}")
@@ -118,7 +122,11 @@ def _figure(svg: str, caption: str) -> str:
 
 
 def _curves(facts: Facts) -> str:
-    said = [ACCURACY, *[DENSE] * (facts.base is not None), *[DENSITY] * figures.density_falls(facts)]
+    said = [
+        ACCURACY,
+        *[DENSE.format(facts.began_as)] * (facts.base is not None),
+        *[DENSITY] * figures.density_falls(facts),
+    ]
     drawn = (
         _figure(figures.accuracy_figure(facts), " ".join(said)),
         _figure(figures.loss_figure(facts), LOSS),
@@ -187,7 +195,8 @@ def _classes(facts: Facts) -> str:
         ranked = sorted(((s, label, n) for s, label, n in known if s is not None), key=lambda row: row[0])
         if ranked:
             few = len(ranked) > WEAKEST
-            title = f"the {WEAKEST} weakest of {len(ranked)} classes" if few else "class"
+            all_of = "" if len(ranked) == len(shares) else f" with images ({len(shares)} in all)"
+            title = f"the {WEAKEST} weakest of {len(ranked)} classes{all_of}" if few else "class"
             head = f'<th>{title}</th><th class="num">images</th><th class="bar">accuracy, {name} images</th>'
             rows = "".join(
                 f'<tr><td class="name">{text(label)}</td><td class="num">{_count(n)}</td>'

@@ -12,8 +12,10 @@ from afds.stats import paired_images
 
 WORTH_IT = 1.1  # fewer MACs than this many times: nothing that a user would notice
 NO_TEST = "There was no test split: choices were made on the validation images, so their accuracy is flattered."
+NOT_READ = "The test split was not read: the accuracy is that of the validation images, on which choices were made."
 NOT_TIME = "MACs are counted, not timed: time falls only where a runtime skips the channels that were not chosen."
 NARROW = "MACs are counted, not timed. What lost was cut away, so time falls in every runtime: see afds measure."
+PLAIN = "MACs are counted, not timed. It is a plain network, so time falls in every runtime: see afds measure."
 
 Sentence = tuple[str, str]  # `good`, `bad` or `plain`; the sentence
 
@@ -27,11 +29,12 @@ def verdict(facts: Facts) -> list[Sentence]:
         return [("bad", f"This run has not ended; the page was drawn {state}. There is no final figure."), *clock]
     sentences = [*_saving(facts), *_accuracy(facts)]
     if number(sub(facts.final, "test").get("top1")) is None:
-        sentences.append(("plain", NO_TEST))
+        sentences.append(("plain", NOT_READ if facts.options.get("read_test") is False else NO_TEST))
     if clock:
         sentences += clock
     elif (facts.total("ratio") or 0) >= WORTH_IT:
-        sentences.append(("plain", NARROW if facts.settled else NOT_TIME))
+        chooses = bool(sub(facts.structure, "units"))
+        sentences.append(("plain", NARROW if facts.settled else NOT_TIME if chooses else PLAIN))
     return sentences
 
 
@@ -72,6 +75,8 @@ def _accuracy(facts: Facts) -> list[Sentence]:
     if facts.base is not None:
         dense = not sub(facts.base.structure, "units")
         what = "the dense network that it began with" if dense else "the network at d = 1 that it began with"
+        if facts.began_as != "dense":
+            what = f"the network at {facts.began_as} that it began with"
         for split, name in (("test", "test"), ("val", "validation")):
             ours, theirs = sub(final, split), sub(facts.base.final, split)
             top1, other = number(ours.get("top1")), number(theirs.get("top1"))

@@ -181,7 +181,7 @@ class _Lowering:
             self.env[node] = self._value(node)
         elif kind in ACT_MODULES:
             self._act(node, ACT_MODULES[kind])
-        elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
+        elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d) and not kind.endswith("Same"):  # timm's pad otherwise
             self._pool(node, module)
         elif (isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))) or kind in (
             "FastAdaptiveAvgPool",

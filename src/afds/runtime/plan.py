@@ -10,6 +10,7 @@ one layout, used again as soon as its value is dead. ``kernels/engine.h`` says w
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,12 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 
 from afds.errors import ConfigError, RunFolderError
+from afds.files import write_atomic
 
-FORMAT = 5
+FORMAT = 6
 PRECISIONS = ("float32", "bf16")
 ACTS = ("none", "relu", "relu6", "silu", "hardswish", "sigmoid", "hardsigmoid")  # as in kernels/table.h
 TENSORS = {  # fields of an op that name a tensor
@@ -51,9 +53,10 @@ class Plan:
     """float32, or the bits of bf16 as uint16; by the names that the ops use."""
 
     def save(self, folder: Path | str) -> None:
-        """`plan.json` and `plan.safetensors` in ``folder``.
+        """`plan.json` and `plan.safetensors` in ``folder``, each whole or not at all; the first knows the second.
 
         Raises:
+            RunFolderError: the folder cannot be written to.
             ConfigError: weights are missing, as in the plan that an executor keeps.
         """
         wanted = {op[key] for op in self.ops for key in TENSORS.get(op["kind"], ()) if key in op}
@@ -62,9 +65,11 @@ class Plan:
                               "the one that `make_plan` gives.")  # fmt: skip
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.tensors, folder / "plan.safetensors")
+        tensors = save(self.tensors)
         head = {k: v for k, v in vars(self).items() if k != "tensors"}
-        (folder / "plan.json").write_text(json.dumps({"format": FORMAT, **head}))
+        head |= {"format": FORMAT, "tensors_sha256": hashlib.sha256(tensors).hexdigest()}
+        write_atomic(folder / "plan.safetensors", tensors)
+        write_atomic(folder / "plan.json", json.dumps(head))
 
     @classmethod
     def load(cls, folder: Path | str) -> Plan:
@@ -78,6 +83,10 @@ class Plan:
             data = json.loads((folder / "plan.json").read_text())
             if data.pop("format") != FORMAT:
                 raise RunFolderError(f"{folder / 'plan.json'}: of another version; make the plan again.")
-            return cls(**data, tensors=load_file(folder / "plan.safetensors"))
+            tensors = (folder / "plan.safetensors").read_bytes()
+            if data.pop("tensors_sha256") != hashlib.sha256(tensors).hexdigest():
+                raise RunFolderError(f"{folder}: plan.json and plan.safetensors do not belong together; make the plan "
+                                     "again.")  # fmt: skip
+            return cls(**data, tensors=load(tensors))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError) as error:
             raise RunFolderError(f"{folder}: no plan that can be read ({error}).") from error
