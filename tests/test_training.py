@@ -300,15 +300,17 @@ def test_a_network_with_channel_attention_is_settled(digits: Path, tmp_path: Pat
     assert lines(tmp_path / "run", "step")[-1]["hints"] > 0
 
 
-def test_the_teacher_is_the_base_also_where_that_selects(digits: Path, finished: Path) -> None:
-    config = resolve_method(options(digits, digits.parent / "never", source=str(finished), method="afds", budget="5x"))
+def test_the_teacher_is_the_base_also_where_that_selects(digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "base"
+    fit(options(digits, out, budget="1x", optim=OptimConfig(epochs=1, batch_size=8, lr=0.05)), quiet=True)
+    config = resolve_method(options(digits, tmp_path / "never", source=str(out), method="afds", budget="5x"))
     splits, _ = fitting.read_photos(config, Progress(quiet=True))
     fabric = Fabric(accelerator="cpu", devices=1)
     plan = Setup(config, splits, fabric).plan
     x_BCHW = torch.randn(4, 3, 32, 32)
     assert plan.teacher is not None
     assert plan.reference is not None
-    base = load_run(finished).model.eval()
+    base = load_run(out).model.eval()
     assert any(gate.predictor.has_learned for gate in gates(base).values())
     with torch.no_grad():
         wanted = base(x_BCHW)
