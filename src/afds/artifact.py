@@ -195,7 +195,7 @@ def describe_units(model: nn.Module) -> dict[str, dict[str, Any]]:
                 "pruned": channels - int(kept.sum()),
             }
         elif isinstance(gate, FollowingGate):
-            units[name]["follows"] = [names[id(leader)] for leader in gate._leaders]
+            units[name]["follows"] = [names[id(leader)] for leader in gate.leaders]
     return units
 
 

@@ -191,7 +191,7 @@ def densify(model: nn.Module) -> nn.Module:
                 raise ConfigError(f"{name} still chooses its channels per image; freeze() the network first.")
             scale_C, active_C = F.relu(gate.gamma) * gate.sign, active[id(gate)]
         else:
-            active_C = torch.stack([active[id(leader)] for leader in gate._leaders]).any(0)
+            active_C = torch.stack([active[id(leader)] for leader in gate.leaders]).any(0)
             active[id(gate)] = active_C
             scale_C = gate.gamma
         norm = copy.deepcopy(norm)

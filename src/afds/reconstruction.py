@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from afds.graph import ADDS, padding_of, tensor_inputs, trace
-from afds.selection import SelectiveConvBN
+from afds.selection import FollowingGate, SelectiveConvBN
 
 ROWS = 24_000  # of X, per layer: positions of all images together (with half of it the KL is 1.09, not 1.00)
 MEMORY = 3 * 2**30  # bytes of feature maps that are kept at a time
@@ -106,19 +106,32 @@ class Reconstruction:
 
 
 class _Walk:
-    """One batch on its way through the network, node by node; maps that nobody reads again are let go."""
+    """One batch on its way through the network, node by node; maps that nobody reads again are let go.
+
+    Batches take each node in turn, so what a gate chose last may be of another batch: each walk keeps its own choices
+    for the depthwise units that follow.
+    """
 
     def __init__(self, graph: fx.GraphModule, x_BCHW: Tensor) -> None:
         self._interpreter = fx.Interpreter(graph)
         self._interpreter.args_iter = iter([x_BCHW])
+        self._graph = graph
         self._last_use = {used: node for node in graph.graph.nodes for used in node.all_input_nodes}
+        self._chosen: dict[nn.Module, Tensor | None] = {}
 
     @property
     def env(self) -> dict[fx.Node, Any]:
         return self._interpreter.env
 
     def step(self, node: fx.Node) -> None:
+        unit = self._graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        gate = unit.gate if isinstance(unit, SelectiveConvBN) else None
+        if isinstance(gate, FollowingGate):
+            for leader in gate.leaders:
+                leader.latest.active_BC = self._chosen[leader]
         self.env[node] = self._interpreter.run_node(node)
+        if gate is not None:
+            self._chosen[gate] = gate.active_BC
         for used in node.all_input_nodes:
             if self._last_use[used] is node:
                 del self.env[used]

@@ -291,13 +291,13 @@ class FollowingGate(nn.Module):
     def __init__(self, gamma_C: Tensor, leaders: Sequence[Gate | FollowingGate]) -> None:
         super().__init__()
         self.gamma = nn.Parameter(gamma_C.clone())
-        self._leaders = tuple(leaders)  # a tuple: they are not this module's children
+        self.leaders = tuple(leaders)  # a tuple: they are not this module's children
         self.latest = _Latest()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        active_BC = self._leaders[0].active_BC
+        active_BC = self.leaders[0].active_BC
         assert active_BC is not None, "a depthwise unit ran before the units it follows"
-        for leader in self._leaders[1:]:
+        for leader in self.leaders[1:]:
             assert leader.active_BC is not None
             active_BC = active_BC | leader.active_BC
         self.latest.active_BC = active_BC
