@@ -265,6 +265,11 @@ def test_further_arguments_of_a_forward_are_not_the_image() -> None:
         assert np.allclose(ours, model(x).numpy(), atol=1e-5)
 
 
+def test_a_plan_is_run_where_torch_is_not() -> None:
+    script = "import sys; from afds.runtime import Executor, Plan; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
 def test_pools_that_pad_in_their_own_way_are_refused() -> None:
     model = timm.create_model("resnet18d", num_classes=3, output_stride=16).eval()  # an AvgPool2dSame
     with pytest.raises(runtime.UnsupportedError, match="AvgPool2dSame"):
