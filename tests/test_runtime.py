@@ -190,7 +190,7 @@ def test_a_plan_is_data(tiny_resnet: nn.Module, tmp_path: Path) -> None:
     other.tensors = {name: tensor + 1 for name, tensor in other.tensors.items()}
     other.save(tmp_path / "other")
     shutil.copy(tmp_path / "other/plan.safetensors", tmp_path)
-    with pytest.raises(RunFolderError, match="do not belong together"):
+    with pytest.raises(RunFolderError, match="damaged, or of another plan"):
         runtime.Plan.load(tmp_path)
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(RunFolderError, match="no plan"):

@@ -85,8 +85,8 @@ class Plan:
                 raise RunFolderError(f"{folder / 'plan.json'}: of another version; make the plan again.")
             tensors = (folder / "plan.safetensors").read_bytes()
             if data.pop("tensors_sha256") != hashlib.sha256(tensors).hexdigest():
-                raise RunFolderError(f"{folder}: plan.json and plan.safetensors do not belong together; make the plan "
-                                     "again.")  # fmt: skip
+                raise RunFolderError(f"{folder}: plan.safetensors is damaged, or of another plan than plan.json; make "
+                                     "the plan again.")  # fmt: skip
             return cls(**data, tensors=load(tensors))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError) as error:
             raise RunFolderError(f"{folder}: no plan that can be read ({error}).") from error
