@@ -21,7 +21,15 @@ from PIL import Image
 from afds import fitting
 from afds.artifact import is_run, load_run
 from afds.checkpoint import save_checkpoint
-from afds.config import DataConfig, DescentConfig, FitConfig, OptimConfig, resolve_method
+from afds.config import (
+    DataConfig,
+    DescentConfig,
+    DistillationConfig,
+    FitConfig,
+    OptimConfig,
+    refuse_idle,
+    resolve_method,
+)
 from afds.data import write_digits
 from afds.errors import BudgetError, ConfigError, DataError, RunFolderError
 from afds.files import LOCK, alone_in
@@ -516,3 +524,16 @@ def test_the_scale_of_the_loss_in_float16_comes_back(
     assert resumed == whole > 8
     same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert same[0] == same[1]
+
+
+def test_options_of_no_effect_are_refused() -> None:
+    def refused(match: str, **changes: Any) -> None:
+        with pytest.raises(ConfigError, match=match):
+            refuse_idle(resolve_method(FitConfig(**changes)))
+
+    for method in ("l2", "l2+l1", "kd+afs"):
+        refused("--source-data is of the methods with", method=method, source_data=Path("other"))
+    hints = DistillationConfig(hints=3.0)
+    refused("--recovery.hints", method="afds", budget="5x", distillation=hints)
+    refuse_idle(resolve_method(FitConfig(method="afd+l1", budget="5x", distillation=hints)))
+    refuse_idle(resolve_method(FitConfig(method="afds", budget="5x", source_data=Path("other"))))
