@@ -211,3 +211,29 @@ def test_cli_itself_imports_nothing_heavy() -> None:
 def test_a_wrong_value_is_refused_by_the_option_that_was_given(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"--data-options.{name.replace('_', '-')} "):
         DataConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_demos_of_other_options_have_folders_of_their_own(tmp_path: Path) -> None:
+    from afds.demo import DemoConfig, _runs
+
+    kinds = [DemoConfig(out=tmp_path), DemoConfig(out=tmp_path, per_class=20), DemoConfig(out=tmp_path, epochs=2)]
+    assert len({_runs(config) for config in kinds}) == len(kinds)
+    assert _runs(kinds[0]) == tmp_path / "runs"
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (["/env/bin/afds", "fit", "my photos"], "afds fit 'my photos'"),
+        (["/src/afds/__main__.py", "fit"], "afds fit"),
+        (["/env/lib/ipykernel_launcher.py", "-f", "kernel.json"], None),
+        (["/home/me/train.py", "--password", "x"], None),
+    ],
+)
+def test_only_a_command_that_was_typed_is_recorded(
+    argv: list[str], command: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from afds.setup import _command
+
+    monkeypatch.setattr("sys.argv", argv)
+    assert _command() == command
