@@ -27,7 +27,7 @@ from afds.compare.plan import CANDIDATES, CompareConfig, Trial, identity, make_p
 from afds.compare.rows import parse_row, read_rows
 from afds.compare.run import compare, to_do
 from afds.compare.table import cells, footnote, markdown, terminal, write_tables
-from afds.config import DataConfig, DescentConfig, FitConfig, OptimConfig
+from afds.config import DataConfig, DescentConfig, DistillationConfig, FitConfig, OptimConfig
 from afds.data import write_digits
 from afds.errors import BudgetError, ConfigError, DataError, RunFolderError, TrainingError
 from afds.files import alone_in
@@ -273,7 +273,9 @@ def is_running(pid: int) -> bool:
     return not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def test_what_cannot_be_is_refused_before_any_training(room: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused_before_any_training(
+    room: Path, tmp_path: Path, finished: tuple[CompareConfig, list[dict[str, Any]]]
+) -> None:
     def refused(error: type[Exception], match: str, **changes: Any) -> None:
         with pytest.raises(error, match=match):
             compare(options(room, tmp_path / "never", **changes))
@@ -289,8 +291,19 @@ def test_what_cannot_be_is_refused_before_any_training(room: Path, tmp_path: Pat
     refused(ConfigError, "no effect without tuning", tune_at="2x")
     refused(ConfigError, "'a, b' and 'a b' would share", methods="", rows=named(tmp_path, "a, b", "a b"))
     refused(DataError, "at 2x on .*nowhere: no such file", methods=f"l2,afds[unlabelled={tmp_path / 'nowhere'}]")
+    known = next((finished[0].out / "bases/photos").glob("l2+dense-*-seed1"))
+    refused(ConfigError, r"l2\+small.*, seed 0 on .* has learned from", methods=f"l2+small[small_source={known}]")
+    hints = DistillationConfig(hints=3)
+    refused(ConfigError, "--distillation.hints 3 has no effect", methods="afds", distillation=hints)
+    refused(ConfigError, "afds.* at 2x .*--distillation.hints 3 has no effect", methods="l2,afds[distillation.hints=3]")
     few = write_digits(tmp_path / "few", range(2), per_class=2, test_per_class=2)
     refused(DataError, "too few", data=(few,))
+
+
+def test_an_option_of_all_is_for_the_rows_that_look_at_it(room: Path, tmp_path: Path) -> None:
+    hints = DistillationConfig(hints=3)
+    mixed = options(room, tmp_path / "out", methods="afd+l1,afds", distillation=hints, dry_run=True)
+    assert compare(mixed) == []
 
 
 def named(folder: Path, *names: str) -> Path:
@@ -326,6 +339,10 @@ def test_a_row_stays_what_it_was_over_several_starts(
     rows.write_text('{"l2+l1 ": "l2+l1"}')
     with pytest.raises(RunFolderError, match=r"results of the row 'l2\+l1' lie where"):
         compare(dataclasses.replace(fewer, rows=rows))
+    lines = (out / "trials.jsonl").read_text()
+    (out / "trials.jsonl").write_text(lines.replace("/l2/", "/l2_of_before/"))
+    with pytest.raises(RunFolderError, match="has results under 'runs/photos/l2_of_before/"):
+        compare(fewer)
 
 
 def test_a_base_that_diverged_takes_its_rows_along_and_no_others(room: Path, tmp_path: Path) -> None:
@@ -342,12 +359,15 @@ def test_a_base_that_diverged_takes_its_rows_along_and_no_others(room: Path, tmp
 
 
 def test_a_base_that_is_gone_is_trained_again_where_it_is_needed(
-    finished: tuple[CompareConfig, list[dict[str, Any]]], tmp_path: Path
+    finished: tuple[CompareConfig, list[dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, lines = finished
     out = shutil.copytree(config.out, tmp_path / "out")
     shutil.rmtree(out / "bases")
     more = dataclasses.replace(config, out=out, seeds=1, budgets="2x,3x")
+    compare(dataclasses.replace(more, dry_run=True))
+    (base,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("base"))
+    assert not base.endswith("done")
     after = {line["key"]: line for line in compare(more)}
     before = {line["key"]: line for line in lines}
     assert after["runs/photos/l2+l1/3x/seed0"]["error"] is None
@@ -519,6 +539,9 @@ def test_paired_t_by_hand() -> None:
     assert same.mean == pytest.approx(0.1)
     assert same.low is None
     assert not same.clear
+    alike = paired([0.5, 0.5], [0.5, 0.5], [("10", "10"), ("10", "10")])
+    assert (alike.mean, alike.low) == (0, None)
+    assert paired([1.0, 1.0], [1.0, 0.0], [("1", "1"), ("1", "0")]).low is not None  # one image has no spread
 
 
 def test_mcnemar_by_hand() -> None:

@@ -134,6 +134,10 @@ def test_all_photos_that_cannot_be_read_are_named_and_can_be_left_out(run: Path,
     result = evaluate_folder(run, tmp_path / "photos", skip_unreadable=True)
     assert result.metrics.images == 10
     assert result.notes[0].startswith("2 photos cannot be read and are left out")
+    for path in (tmp_path / "photos" / LABELS[0]).iterdir():
+        path.write_bytes(b"")
+    without = evaluate_folder(run, tmp_path / "photos", skip_unreadable=True)
+    assert "1 of the run's 3 classes have no image here." in without.notes
 
 
 def test_classes_match_by_name(run: Path, tmp_path: Path) -> None:
@@ -184,6 +188,7 @@ def test_own_held_out_images(run: Path, tmp_path: Path) -> None:
     """On the photos it was fitted on, `auto` takes what the run held out and never a training image."""
     from afds.config import FitConfig, to_json
     from afds.data import make_splits
+    from afds.data.unlabelled import fingerprint
     from afds.fitting import read_photos
     from afds.progress import Progress
 
@@ -207,6 +212,15 @@ def test_own_held_out_images(run: Path, tmp_path: Path) -> None:
     changed = evaluate_folder(run, photos)
     assert changed.split == "all"
     assert "have changed" in changed.notes[0]
+    sorted_since = tmp_path / "sorted_since"
+    write_photos(sorted_since / "train", each=8)
+    write_photos(sorted_since / "test", each=8)
+    shutil.rmtree(photos)
+    sorted_since.rename(photos)  # what is its test/ now may have been learned from
+    assert "have changed" in evaluate_folder(run, photos, "test").notes[0]
+    facts |= {"test_fingerprint": fingerprint(scan(photos).splits["test"])}
+    (run / "config.json").write_text(json.dumps({"config": to_json(options), "data": facts}))
+    assert evaluate_folder(run, photos, "test").notes == ()  # what it was tested on, whatever train/ has become
     for config in ("{}", "[]", '{"config": {"data": 3, "data_options": []}, "data": {"unreadable": 3}}'):
         (run / "config.json").write_text(config)
         assert evaluate_folder(run, photos).notes == ()

@@ -112,7 +112,7 @@ def test_a_comparison_is_refused_for_the_seeds_that_draw_another_split(photos: P
     c = CompareConfig(data=(photos,), out=photos.parent / "compared", methods="l2", budgets="1x", seeds=1, epochs=1,
                       base_epochs=1, source=str(base), data_options=DRAWN)  # fmt: skip
     preflight(c, Console(quiet=True))
-    with pytest.raises(ConfigError, match=r"^seed 1 on .*--seed 0"):
+    with pytest.raises(ConfigError, match=r"^l2, seed 1 on .*--seed 0"):
         preflight(dataclasses.replace(c, seeds=2), Console(quiet=True))
 
 

@@ -272,6 +272,8 @@ def test_a_difference_is_judged_on_the_same_images() -> None:
     assert "On the same images the 95 % interval is" in alike
     mixed = of("0" * 20 + "1" * 160 + "1" * 10 + "0" * 10)
     assert "[plain] 5.0 points were lost" in mixed
+    few = of("1" * 175 + "0" * 25)  # 5 lost and none won: the interval leaves 0 out, the exact test does not agree
+    assert "and McNemar's exact p is 0.06. So few images cannot tell" in few
     for damaged in ("", "1" * 170, "x" * 200):
         assert "[plain] 5.0 points were lost" in of(damaged)
         assert "\u00b1" in of(damaged)

@@ -375,6 +375,9 @@ def test_a_plan_without_weights_is_not_saved_and_an_executor_not_copied(tiny_res
     with pytest.raises(ConfigError, match="without the weights"):
         executor.plan.save(tmp_path / "plan")
     assert not (tmp_path / "plan").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match=r"file/plan: cannot be made \(Not a directory\)"):
+        plan_of(tiny_resnet).save(tmp_path / "file/plan")
     with pytest.raises(TypeError, match="compile the run again"):
         copy.deepcopy(executor)
 

@@ -28,6 +28,7 @@ from afds.data import (
     make_loader,
     scan,
 )  # fmt: skip
+from afds.data.unlabelled import fingerprint
 from afds.errors import AfdsError, DataError
 from afds.inference import Model
 from afds.lineage import photos_changed, repeat_split
@@ -220,6 +221,8 @@ def evaluate_folder(
         items = tuple(item for item in items if item.path not in gone)
         if not items:
             raise DataError(f"{data_path}: not one of the {len(bad)} photos can be read:\n{describe(bad)}")
+    if absent := len(run.labels) - len({item.label for item in items}):
+        notes.append(f"{absent} of the run's {len(run.labels)} classes have no image here.")
     dataset = ImageDataset(items, eval_transform(run.preprocess))
     loader = make_loader(dataset, batch_size=batch_size, shuffle=False, seed=0, workers=workers)
     model = Model(run, device, runtime=runtime, precision=precision)
@@ -235,6 +238,8 @@ def evaluate_folder(
         metrics = evaluate(model.network, loader, len(run.labels), device, count_macs=meter, progress=progress)
     except ImageError:
         bad = check_images(items, workers=2)
+        if not bad:  # a share that was away for a moment
+            raise
         raise DataError(f"{len(bad)} photos cannot be read:\n{describe(bad)}\nMend or remove them, or go on without "
                         "them with --skip-unreadable.") from None  # fmt: skip
     return FolderResult(chosen, metrics, run.labels, tuple(notes), items)
@@ -258,9 +263,6 @@ def labelled_items(run: Run, data_path: Path | str, split: str = "auto") -> tupl
         )
     chosen, items, notes = _choose(run, folder, split)
     items = tuple(Item(item.path, labels[folder.classes[item.label]]) for item in items)
-    absent = len(run.labels) - len({item.label for item in items})
-    if absent:
-        notes.append(f"{absent} of the run's {len(run.labels)} classes have no image here.")
     return chosen, items, [*folder.warnings, *notes]
 
 
@@ -297,7 +299,8 @@ def _choose(run: Run, folder: Folder, split: str) -> tuple[str, tuple[Item, ...]
         split = next(name for name in order if name in available)
         if split in FLATTERED:
             notes.append(f"No test images here: these figures are of {split}, and flattered, since {FLATTERED[split]}.")
-    if changed and not (split == "test" and "test" in folder.splits):  # which it has never learned from
+    known = record.get("data", {}).get("test_fingerprint")
+    if changed and not (split == "test" and known and fingerprint(available.get("test", ())) == known):
         notes.append("These photos have changed since the run was fitted on them: some of them it has learned.")
     if split == "all":
         if not notes and (held_out or "train" in folder.splits):

@@ -90,8 +90,9 @@ def _ancestors(spec: str | Path | None) -> Iterable[Path]:
             continue
         seen.add(os.path.realpath(spec))
         yield Path(spec)
+        left.append(Path(spec) / "source")
         with contextlib.suppress(*NOT_OURS):
-            left += [Path(spec) / "source", read_json(Path(spec) / "config.json")["config"]["source"]]
+            left.append(read_json(Path(spec) / "config.json")["config"]["source"])
 
 
 def _learned_from(record: Mapping[str, Any], here: Folder) -> set[str]:

@@ -261,7 +261,8 @@ class Setup:
             network = self._source(named, transfer).to(self.fabric.device)
             theirs, self.preprocess = self.preprocess, self._preprocess()
             self.preprocess = dataclasses.replace(self.preprocess, input_size=size, resize=theirs.resize)
-            if transfer == "kd" and (theirs.mean, theirs.std) != (self.preprocess.mean, self.preprocess.std):
+            alone = transfer == "kd" and config.teacher is None  # a teacher of its own is compared when it is opened
+            if alone and (theirs.mean, theirs.std) != (self.preprocess.mean, self.preprocess.std):
                 raise ConfigError(f"{config.method}: the teacher, --source {config.source}, wants its images "
                                   f"normalised with {theirs.mean}, {theirs.std}, and --small-source {named} with "
                                   f"{self.preprocess.mean}, {self.preprocess.std}: they cannot look at the same ones. "

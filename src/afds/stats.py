@@ -28,7 +28,7 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves 0 out, and the test, where there is one, agrees."""
+        """Whether the interval leaves 0 out, and the test, where there is one, agrees (p below 0.05)."""
         if self.low is None or self.high is None or (self.p is not None and self.p >= 0.05):
             return False
         return self.low > 0 or self.high < 0
@@ -50,15 +50,18 @@ def paired(ours: Sequence[float], theirs: Sequence[float], hits: Sequence[tuple[
     if len(gaps) < 2:
         return Difference(mean, None, None, None, "one seed")
     error = statistics.stdev(gaps) / len(gaps) ** 0.5
+    none = Difference(mean, None, None, None, f"{len(gaps)} seeds with the same difference: no interval")
     if max(gaps) - min(gaps) < 1e-9 and not hits:  # as few test images bring about; it is no interval of width 0
-        return Difference(mean, None, None, None, f"{len(gaps)} seeds with the same difference: no interval")
+        return none
     reach = float(scipy_stats.t.ppf(0.975, len(gaps) - 1)) * error
     p: float | None = float(2 * scipy_stats.t.sf(abs(mean) / error, len(gaps) - 1)) if error > 0 else None
     how = f"paired t, {len(gaps)} seeds"
     if hits:
         by_image = np.mean([_right(a) - _right(b) for a, b in hits], axis=0)
-        of_images = float(scipy_stats.norm.ppf(0.975) * by_image.std(ddof=1) / len(by_image) ** 0.5)
+        of_images = float(scipy_stats.norm.ppf(0.975) * by_image.std(ddof=len(by_image) > 1) / len(by_image) ** 0.5)
         reach, p = math.hypot(reach, of_images), None
+        if reach < 1e-9:
+            return none
         how += f", and the error of {len(by_image)} test images"
     return Difference(mean, mean - reach, mean + reach, p, how)
 

@@ -47,6 +47,7 @@ def test_it_stops_at_its_bytes(tmp_path):
 
 def test_room_is_left_for_the_batches_of_workers(tmp_path, monkeypatch):
     Image.new("RGB", (10, 10)).save(tmp_path / "a.png")
-    for free, kept in ((299, 1), (300, 0), (299 + ROOM, 0), (300 + ROOM, 1)):  # 299: it goes to a temporary file
+    # 299: all go to a temporary file; below ROOM there are no workers
+    for free, kept in ((299, 2), (600, 2), (ROOM, 0), (299 + ROOM, 0), (599 + ROOM, 1), (600 + ROOM, 2)):
         monkeypatch.setattr("afds.data.cache.free_shared", lambda free=free: free)
-        assert len(ImageCache([tmp_path / "a.png"], shrink_to=None, max_bytes=600)) == kept
+        assert len(ImageCache([tmp_path / "a.png"] * 2, shrink_to=None, max_bytes=600)) == kept

@@ -172,3 +172,9 @@ def test_a_folder_is_read_where_links_in_it_lead_in_circles(make_tree) -> None:
     (root / "self").symlink_to("self")
     (root / "cat/again").symlink_to(root, target_is_directory=True)
     assert len(list(image_files([root]))) == 3
+
+
+def test_a_link_that_may_not_be_followed_is_left_to_who_reads_it(make_tree) -> None:
+    root = make_tree({"cat": 3})
+    (root / "cat/lost.png").symlink_to(next((root / "cat").iterdir()) / "below_a_file.png")
+    assert len(list(image_files([root]))) == 4

@@ -133,7 +133,7 @@ def test_batches(items):
 class _Threads:
     """Stands in for a transform, and tells how many threads it may use."""
 
-    shrink_to = None
+    shrink_to, bytes = None, 4
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return torch.tensor(torch.get_num_threads())
@@ -170,8 +170,15 @@ def test_nonsense_is_refused(items):
 
 def test_without_room_to_hand_photos_over_there_are_no_workers(items, truth, monkeypatch):
     monkeypatch.setattr("afds.data.loader.free_shared", lambda: 64 * 2**20)
-    with pytest.warns(AfdsWarning, match="64 MB free, too few for 2 processes"):
+    with pytest.warns(AfdsWarning, match="64 MB free, and 2 processes want 256 .*--shm-size 2g"):
         loader = loader_of(items, workers=2)
     assert loader.num_workers == 0
+    dataset = ImageDataset(items * 200, eval_transform(PREPROCESS))
+    each = 3 * 4 * 3 * PREPROCESS.input_size**2 * 128  # bytes a worker wants: three batches of 128
+    workers = 1 + 256 * 2**20 // each
+    monkeypatch.setattr("afds.data.loader.free_shared", lambda: 256 * 2**20)
+    with pytest.warns(AfdsWarning, match="256 MB free, and"):
+        assert make_loader(dataset, batch_size=128, shuffle=False, seed=0, workers=workers).num_workers == 0
+    assert make_loader(dataset, batch_size=128, shuffle=False, seed=0, workers=1).num_workers == 1
     assert free_shared("/nowhere") == sys.maxsize
     assert 0 < free_shared("/tmp") < sys.maxsize

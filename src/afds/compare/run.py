@@ -29,7 +29,7 @@ from afds.compare.plan import (
 )  # fmt: skip
 from afds.compare.pools import make_pool
 from afds.compare.rows import Row
-from afds.config import FitConfig, refuse_idle, resolve_method, to_json
+from afds.config import DistillationConfig, FitConfig, SelectionConfig, refuse_idle, resolve_method, to_json
 from afds.data import make_splits, scan, with_unlabelled
 from afds.errors import AfdsError, ConfigError, RunFolderError, TrainingError
 from afds.files import alone_in, check_beside, check_place, is_empty, read_json, write_atomic, write_json
@@ -63,7 +63,7 @@ def _compare(c: CompareConfig, console: Console, pool: Executor, slots: int | No
         lines = _read_known(c)
         todo = to_do(plan, lines)
         for trial in plan:
-            note = "  done" if trial.key in lines else "" if trial.key in todo else "  not needed any more"
+            note = "" if trial.key in todo else "  done" if trial.key in lines else "  not needed any more"
             console.print(f"{trial.kind:7} {trial.key}{note}", markup=False, soft_wrap=True)
         return []
     c.out.mkdir(parents=True, exist_ok=True)
@@ -120,6 +120,10 @@ def preflight(c: CompareConfig, console: Console) -> dict[str, str]:
     """Build every row at every budget on every data set, and train none; fingerprints of the data, by name."""
     fabric = make_fabric(c.hardware)
     prints = {}
+    idle: AfdsError | None = None
+    # Options of the whole comparison are for the rows that look at them; a row's own have to have an effect on it.
+    own = dataclasses.replace(c, distillation=DistillationConfig(), selection=SelectionConfig())
+    looked_at = False
     for data in c.data:
         first = whole_fit(c, c.all_rows()[0], data, "1x", 0)
         splits, facts = read_photos(first, Progress(quiet=True))
@@ -127,21 +131,28 @@ def preflight(c: CompareConfig, console: Console) -> dict[str, str]:
         if not splits.test:
             raise ConfigError(f"{data}: there is no test split to compare on. Add test/, or leave "
                               "--data-options.test-fraction above 0.")  # fmt: skip
-        _check_sources(c, data)
         for row in c.all_rows():
+            _check_sources(c, row, data)
             budgets = budgets_of(row, c.all_budgets())
             if not budgets:
                 console.print(f"{row.name}: at 1x it is a dense method; not run.", markup=False)
             for budget in budgets:
                 try:
                     config = resolve_method(whole_fit(c, row, data, budget, 0))
-                    refuse_idle(config)
+                    refuse_idle(resolve_method(whole_fit(own, row, data, budget, 0)))
+                    try:
+                        refuse_idle(config)
+                        looked_at = True
+                    except ConfigError as error:
+                        idle = error
                     # The source step has data of its own and is checked by its own fit.
                     config = dataclasses.replace(config, source_data=None)
-                    own = with_unlabelled(splits, config.unlabelled) if config.unlabelled else splits
-                    Setup(config, own, fabric, rehearsal=True)
+                    photos = with_unlabelled(splits, config.unlabelled) if config.unlabelled else splits
+                    Setup(config, photos, fabric, rehearsal=True)
                 except AfdsError as error:
                     raise type(error)(f"{row.name} at {budget} on {data}: {error}") from error
+    if idle is not None and not looked_at:
+        raise idle
     return prints
 
 
@@ -158,19 +169,18 @@ def _same_photos(c: CompareConfig, prints: dict[str, str]) -> None:
                                  "in one table would not compare: use a new --out.")  # fmt: skip
 
 
-def _check_sources(c: CompareConfig, data: Path) -> None:
+def _check_sources(c: CompareConfig, row: Row, data: Path) -> None:
     """A source that is a run has its split; each seed draws one, and must not hold out what the source has learned."""
-    if not is_run(c.source) and not (c.small_source and is_run(c.small_source)):
-        return
-    folder = scan(data)
     for seed in range(c.seeds):
-        config = dataclasses.replace(whole_fit(c, c.all_rows()[0], data, "1x", seed), small_source=c.small_source)
+        config = whole_fit(c, row, data, "1x", seed)
+        if not is_run(config.source) and not (config.small_source and is_run(config.small_source)):
+            return
         drawn = config.data_options
-        splits = make_splits(folder, val_fraction=drawn.val_fraction, test_fraction=drawn.test_fraction, seed=seed)
+        splits = make_splits(scan(data), val_fraction=drawn.val_fraction, test_fraction=drawn.test_fraction, seed=seed)
         try:
             check_unseen(config, splits)
         except ConfigError as error:
-            raise ConfigError(f"seed {seed} on {data}: {error}") from error
+            raise ConfigError(f"{row.name}, seed {seed} on {data}: {error}") from error
 
 
 def check_folder(c: CompareConfig) -> None:
@@ -197,6 +207,12 @@ def check_folder(c: CompareConfig) -> None:
         old = rows.get(name, definition)
         if old != definition:
             raise RunFolderError(f"{c.out}: the row {name!r} was {old}, now it is {definition}. Give it a new name.")
+    kept = {line["row"]: line["key"] for line in _read_known(c).values() if line["kind"] == "final"}
+    for row in c.all_rows():
+        if row.name in kept and f"/{row.slug}/" not in kept[row.name]:
+            raise RunFolderError(f"{c.out}: the row {row.name!r} has results under {kept[row.name]!r}, as an afds of "
+                                 "before named folders, and they would not be found. Go on with that one, or use a new "
+                                 "--out.")  # fmt: skip
     folders = {Row(name, "").slug: name for name in rows}
     for row in c.all_rows():
         if folders.get(row.slug, row.name) != row.name:

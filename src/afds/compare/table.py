@@ -124,7 +124,7 @@ def texts(cell: Cell) -> tuple[str, ...]:
 
 
 def points(difference: Difference | None) -> str:
-    """`-3.1 [-5.0, -1.2]`, in points; a difference that its interval tells from 0 has a star."""
+    """`-3.1 [-5.0, -1.2]`, in points; a difference that is clear (`Difference.clear`) has a star."""
     if difference is None:
         return ""
     text = f"{100 * difference.mean:+.1f}"
@@ -143,11 +143,12 @@ def footnote(found: Sequence[Cell], reference: str, trials: int) -> str:
     how = sorted({d.how for cell in found for d in (cell.reference, cell.dense) if d is not None})
     tuned, untuned = f"{trials} tuning trials per row on validation images", "No tuning here: each row as it is defined"
     tuning = tuned if trials > 1 else untuned
+    test = " and McNemar's p is below 0.05" if any(one.startswith("bootstrap") for one in how) else ""
     wholes = sorted({cell.dense_row for cell in found if cell.dense is not None})
     against = f"Reference: {reference}" + (f"; dense: {', '.join(wholes)}" if wholes else "")
     return (f"{against}. Differences are paired ({'; '.join(how) or 'none'}), in points, with their 95 % "
-            f"interval; * where it leaves 0 out. ± is the standard deviation over seeds. {tuning}. Every network has "
-            f"learned for {learned}; the test split was read once per run; s: seconds of a run after its base."
+            f"interval; * where it leaves 0 out{test}. ± is the standard deviation over seeds. {tuning}. Every network "
+            f"has learned for {learned}; the test split was read once per run; s: seconds of a run after its base."
             )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 One flat buffer, made before the workers start, with a slot for each image as large as its header says it
 will be. Whoever decodes an image first writes it there. `multiprocessing.RawArray` is shared by forked and
 by spawned workers alike, and moves to a temporary file where /dev/shm is too small (as in containers). Where it would
-just fit there, and leave workers no room for their batches, nothing is kept.
+just fit there, and leave workers no room for their batches, fewer are kept.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ class ImageCache:
             if end > max_bytes:
                 break
             starts.append(end)
-        if starts[-1] <= free_shared() < starts[-1] + ROOM:
-            starts = starts[:1]
+        free = free_shared()
+        if free >= ROOM and starts[-1] <= free:  # with less than ROOM there are no workers, and above it goes to a file
+            starts = [start for start in starts if start <= free - ROOM]
         self._starts = np.array(starts)
         self._pixels = multiprocessing.RawArray("B", max(1, starts[-1]))
         self._shapes = multiprocessing.RawArray("i", 2 * len(starts))  # height, width; 0 while not there

@@ -12,6 +12,7 @@ in a class folder count. Hidden files and folders are passed over; so are files 
 
 from __future__ import annotations
 
+import errno
 import os
 import unicodedata
 import warnings
@@ -128,9 +129,9 @@ def _files_below(folder: str | Path, above: frozenset[str] = frozenset()) -> Ite
     for entry in visible:
         if entry.is_symlink() and _circles(entry.path):
             continue
-        if entry.is_dir():
+        if _is_dir(entry):
             yield from _files_below(entry.path, above | {here})
-        elif entry.is_file() or entry.is_symlink():  # a link to nothing is named by who reads it
+        elif entry.is_symlink() or entry.is_file():  # a link to nothing is named by who reads it
             yield Path(entry.path)
 
 
@@ -192,11 +193,11 @@ class _Scanner:
                         continue
                     if entry.is_symlink() and _circles(entry.path):
                         self.warnings.append(f"{entry.path}: a link that leads in a circle; passed over.")
-                    elif entry.is_dir():
+                    elif _is_dir(entry):
                         if entry.name not in _SYSTEM_FOLDERS:
                             listing.folders.append(entry)
                     elif os.path.splitext(entry.name)[1].lower() in self.extensions and (
-                        entry.is_file() or entry.is_symlink()  # a link to nothing is named when it is read; no pipes
+                        entry.is_symlink() or entry.is_file()  # a link to nothing is named when it is read; no pipes
                     ):
                         listing.images.append(entry.path)
                     else:
@@ -337,14 +338,19 @@ def _passed_over(names: Iterable[str]) -> str:
     return f" Passed over, as Pillow reads no such photos: {listed}."
 
 
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    """Also of links that may not be followed, where the entry's own method raises."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
 def _circles(link: str) -> bool:
     """Whether a symbolic link leads to itself or to a folder that it lies in."""
     try:
         target = Path(link).resolve(strict=True)
-    except FileNotFoundError:
-        return False  # it dangles, and is named when it is read
-    except (OSError, RuntimeError):  # Python before 3.13 has an error of its own for loops
+    except RuntimeError:  # Python before 3.13 has an error of its own for loops
         return True
+    except OSError as error:
+        return error.errno == errno.ELOOP  # it dangles, or may not be followed: named when it is read
     return target in (here := Path(link).parent.resolve(), *here.parents)
 
 

@@ -164,9 +164,11 @@ def make_loader(
         if value < least:
             raise ConfigError(f"{name} is {value}; give at least {least}.")
     dataset.epoch = epoch
-    if workers and (free := free_shared()) < ROOM:
-        told = (f"{PLACE} has {free // 2**20} MB free, too few for {workers} processes to hand photos over: they are "
-                "read in this one. Give more (docker run --shm-size 1g), or --data-options.workers 0.")  # fmt: skip
+    room = max(ROOM, 3 * workers * min(batch_size, len(dataset)) * dataset.transform.bytes)
+    if workers and (free := free_shared()) < room:
+        told = (f"{PLACE} has {free / 2**20:,.0f} MB free, and {workers} processes want {room / 2**20:,.0f} to hand "
+                "photos over: they are read in this one. Give more (docker run --shm-size "
+                f"{1 + -(-room // 2**30)}g), or --data-options.workers 0.")  # fmt: skip
         warnings.warn(told, AfdsWarning, stacklevel=2)
         workers = 0
     return _Loader(

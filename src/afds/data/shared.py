@@ -7,7 +7,7 @@ import sys
 
 PLACE = "/dev/shm"
 ROOM = 256 * 2**20
-"""Bytes that stay free for the batches of workers: two each, of up to 20 MB (224 px, 32 images)."""
+"""Bytes that stay free for the batches of workers at least: two each, of up to 20 MB (224 px, 32 images)."""
 
 
 def free_shared(place: str = PLACE) -> int:

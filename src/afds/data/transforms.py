@@ -51,6 +51,7 @@ class Transform:
 
     def __init__(self, steps: list[torch.nn.Module], preprocess: Preprocess, colour: float = 0.0) -> None:
         self.shrink_to = preprocess.shrink_to
+        self.bytes = 4 * 3 * preprocess.input_size**2
         steps = [*steps, v2.ToDtype(torch.float32, scale=True)]
         if colour:
             steps.append(Colours(colour))
@@ -75,7 +76,7 @@ class TwoViews:
     """
 
     def __init__(self, large: Transform, small: Transform) -> None:
-        self.shrink_to = large.shrink_to
+        self.shrink_to, self.bytes = large.shrink_to, large.bytes + small.bytes
         self.large, self.small = large, small
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:

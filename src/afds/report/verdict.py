@@ -110,6 +110,8 @@ def _compare(
         low, high = -100 * (gap.high or 0.0), -100 * (gap.low or 0.0)
         clear = gap.clear
         how = f"On the same images the 95 % interval is {_points(low)} to {_points(high)} points"
+        if not clear and gap.p is not None and (low > 0 or high < 0):
+            how += f", and McNemar's exact p is {gap.p:.2f}"
     else:
         spread = max(0.0, ours * (1 - ours) + other * (1 - other))
         noise = 196 * math.sqrt(spread / images) if images else 0.0  # points, two independent sets of images

@@ -64,7 +64,10 @@ class Plan:
             raise ConfigError(f"This plan has no {missing[0]}: an executor keeps its plan without the weights. Save "
                               "the one that `make_plan` gives.")  # fmt: skip
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"{folder}: cannot be made ({error.strerror}); name another folder.") from error
         tensors = save(self.tensors)
         head = {k: v for k, v in vars(self).items() if k != "tensors"}
         head |= {"format": FORMAT, "tensors_sha256": hashlib.sha256(tensors).hexdigest()}
