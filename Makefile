@@ -8,8 +8,8 @@ STAMP  := $(VENV)/.installed
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/*)
-	@$(PYTHON) -c 'import sys; sys.exit("afds needs Python 3.11 or newer, found " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit("afds needs Python 3.11 or newer, found " + sys.version.split()[0] + ": name one, as in make PYTHON=python3.12 demo") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 

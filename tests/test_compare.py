@@ -296,6 +296,15 @@ def test_what_cannot_be_is_refused_before_any_training(
     hints = DistillationConfig(hints=3)
     refused(ConfigError, "--distillation.hints 3 has no effect", methods="afds", distillation=hints)
     refused(ConfigError, "afds.* at 2x .*--distillation.hints 3 has no effect", methods="l2,afds[distillation.hints=3]")
+    shutil.copytree(room / "photos/train", tmp_path / "split/train")
+    refused(ConfigError, "Beside train/ none is drawn: add test/", data=(tmp_path / "split",))
+    no_test = DataConfig(**{**dataclasses.asdict(DATA), "test_fraction": 0.0})
+    refused(
+        ConfigError,
+        "leave --data-options.test-fraction above 0",
+        data=(tmp_path / "split/train",),
+        data_options=no_test,
+    )
     few = write_digits(tmp_path / "few", range(2), per_class=2, test_per_class=2)
     refused(DataError, "too few", data=(few,))
 

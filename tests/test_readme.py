@@ -78,7 +78,7 @@ def test_python_of_the_readme(place: Path, monkeypatch: pytest.MonkeyPatch, caps
     code = code.replace('source="resnet50"', f'source="tiny", data_options={options}')
     code = code.replace('out=Path("run")', 'out=Path("again")').replace('afds.load("run")', 'afds.load("again")')
     imports = "import timm\nfrom afds.config import DataConfig, OptimConfig\n"
-    exec(imports + "timm_model = timm.create_model('resnet18', num_classes=2)\n" + code, {})
+    exec(imports + "timm_model = timm.create_model('resnet18', num_classes=2)\n" + code, {"__name__": "__main__"})
     assert capsys.readouterr().out.strip() in ("one", "two", "zero")
 
 

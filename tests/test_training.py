@@ -438,6 +438,10 @@ def test_predictors_have_a_rate_of_their_own(tiny_resnet: torch.nn.Module) -> No
     assert all(p.ndim == 1 for p in groups[2]["params"])
 
 
+def test_paths_may_be_text() -> None:
+    assert FitConfig(data="photos", out="run") == FitConfig(data=Path("photos"), out=Path("run"))  # type: ignore[arg-type]
+
+
 def test_epochs_by_default() -> None:
     """What docs/accuracy.md measured: 2,727 images, 22 passes dense, 44 at 2x, 110 at 5x; and the ends of the range."""
     assert [default_epochs(2727, ratio) for ratio in (1, 2, 5, 10)] == [22, 44, 110, 110]

@@ -19,7 +19,7 @@ from afds.cli import main
 from afds.errors import ConfigError, DataError
 from afds.evaluation import eval_batches, labelled_items
 from afds.inspection import Inspection
-from afds.report.winners import summary
+from afds.report.winners import NOTHING, summary
 from afds.selection import SelectionConfig, gates, select, set_density
 from afds.winners import measure_winners
 from networks import FAMILIES, randomise_bn, train_like
@@ -212,7 +212,7 @@ def test_means_are_of_the_layers_that_choose(tiny_resnet: nn.Module) -> None:
     assert found.mean("overlap_same") is None
     assert found.to_dict()["choosing"] == 1
     nothing = Inspection(4, 4, "all", "", {"conv1": layers["conv1"]}).to_dict()
-    assert summary(nothing) == ["Every layer keeps all its channels: nothing is chosen."]
+    assert summary(nothing) == [NOTHING]
 
 
 def test_inspect_takes_the_photos_of_the_run(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -355,7 +355,7 @@ def _measure(arguments: list[str]) -> int:
     from afds.measure import NAME, measure_run, runtime_of
     from afds.report import NAME as PAGE
 
-    console = _wide_console()
+    console = _wide_console(110)
     result = measure_run(o.run, threads=o.threads, batches=o.batch, only=o.only, rounds=o.rounds, data=o.data,
                          precisions=o.precision, profile=o.profile,
                          say=lambda line: console.print(line, markup=False))  # fmt: skip
@@ -460,10 +460,10 @@ def _bare_ray(arguments: list[str]) -> list[str]:
     return [word for a, alone in zip(arguments, bare, strict=True) for word in ([a, "local"] if alone else [a])]
 
 
-def _wide_console() -> Console:
-    """Of 80 columns at least: in a narrow terminal lines of a table wrap, where columns would lose their figures."""
+def _wide_console(least: int = 80) -> Console:
+    """Of so many columns at least: in a narrow terminal lines of a table wrap; columns would lose their figures."""
     console = Console(highlight=False)
-    return console if console.width >= 80 else Console(highlight=False, width=80)
+    return console if console.width >= least else Console(highlight=False, width=least)
 
 
 def _native_only(precision: str, runtime: str) -> None:

@@ -49,9 +49,9 @@ class DataConfig:
     input_size: int = 0
     """Side of the square image that the network sees, in pixels. 0: the source's own (mostly 224)."""
     val_fraction: float = 0.1
-    """Share of the training images set aside for choices, where there is no val/ folder."""
+    """Share set aside for choices, where there is no val/ folder: of train/, or of all where nothing is split."""
     test_fraction: float = 0.15
-    """Share set aside for the final figure, where DATA has no train/ and test/ folders."""
+    """Share set aside for the final figure, where DATA has no train/ folder; beside one, only a test/ folder is."""
     crop: Literal["resized", "random"] = "resized"
     """Training crops. resized: a random part at a random scale; random: resize, then a random square (DELTA)."""
     scale: float = 0.35
@@ -375,7 +375,8 @@ class FitConfig:
     seed: int = 0
     """Seed of everything random."""
     base_epochs: int = 0
-    """Method afds: epochs of the dense fine-tuning that comes first. 0: chosen by the number of images."""
+    """Epochs of the dense fine-tuning that comes first where one does: afds, kd, and what prunes. 0: chosen by the
+    number of images."""
     source_data: Path | None = None
     """Photos of the source task: the network first learns there with selection at d = 1 (the paper's source step)."""
     source_epochs: int = 10
@@ -398,6 +399,9 @@ class FitConfig:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:
+        for name in ("data", "out", "teacher", "resume", "unlabelled", "source_data"):
+            if isinstance(value := getattr(self, name), str):  # as in `afds.fit(FitConfig(data="photos"))`
+                object.__setattr__(self, name, Path(value))
         _require(0 <= self.seed < 2**31, "seed", self.seed, "from 0 to 2147483647")
         _require(self.base_epochs >= 0, "base-epochs", self.base_epochs, "0 or more")
         _require(self.source_epochs >= 1, "source-epochs", self.source_epochs, "1 or more")

@@ -129,8 +129,10 @@ def preflight(c: CompareConfig, console: Console) -> dict[str, str]:
         splits, facts = read_photos(first, Progress(quiet=True))
         prints[data.resolve().name] = facts["fingerprint"]
         if not splits.test:
-            raise ConfigError(f"{data}: there is no test split to compare on. Add test/, or leave "
-                              "--data-options.test-fraction above 0.")  # fmt: skip
+            way = "Add test/, or leave --data-options.test-fraction above 0"
+            if "train" in scan(data).splits:
+                way = "Beside train/ none is drawn: add test/, or put all class folders directly below it"
+            raise ConfigError(f"{data}: there is no test split to compare on. {way}.")
         for row in c.all_rows():
             _check_sources(c, row, data)
             budgets = budgets_of(row, c.all_budgets())

@@ -173,8 +173,9 @@ READERS: dict[str, Callable[[Path], Predictor]] = {
 }  # fmt: skip
 
 
-def read_facts(path: Path) -> dict[str, Any]:
+def read_facts(path: Path | str) -> dict[str, Any]:
     """What travels with an exported file: class names, preprocessing, how it was made."""
+    path = Path(path)
     if path.suffix == ".onnx":
         import onnx
 

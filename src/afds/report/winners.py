@@ -56,12 +56,16 @@ def shown(winners: dict[str, Any]) -> Iterator[dict[str, str]]:
         }  # fmt: skip
 
 
+NOTHING = ("No image chooses: every layer computes all the channels that it has. What was cut away before is in the "
+           "report's table of layers.")  # fmt: skip
+
+
 def summary(winners: dict[str, Any]) -> list[str]:
     """What the figures come to, in the layers that choose."""
     mean, found = sub(winners, "mean"), layers(winners)
     choosing, images = number(winners.get("choosing")), number(winners.get("images"))
     if not choosing:
-        return ["Every layer keeps all its channels: nothing is chosen."] if choosing == 0 else []
+        return [NOTHING] if choosing == 0 else []
     lines = []
     never, always, some = share(mean, "never"), share(mean, "always"), sometimes(mean)
     if never is not None and always is not None and some is not None:
