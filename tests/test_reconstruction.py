@@ -134,10 +134,12 @@ def test_nearer_to_the_reference_than_before(arch: str) -> None:
 
 
 def test_batches_of_several_sizes_are_one_set_of_images() -> None:
-    """Depthwise units follow what was chosen for their own batch, whichever batch ran last."""
-    torch.manual_seed(0)
-    reference = select(settled(tiny_network(selection=None, arch="mobilenetv2_050"))).eval()
-    x_BCHW, found = torch.cat(images())[:11], []
+    """Depthwise units follow what was chosen for their own batch, whichever batch ran last.
+
+    In double: in single precision, the order of a sum can change an image's last winner, and with it the logits.
+    """
+    reference = select(settled(tiny_network(selection=None, arch="mobilenetv2_050"))).eval().double()
+    x_BCHW, found = torch.cat(images())[:11].double(), []
     for sizes in ((11,), (4, 4, 3), (8, 3)):
         network = copy.deepcopy(reference)
         for gate in gates(network).values():
@@ -146,8 +148,8 @@ def test_batches_of_several_sizes_are_one_set_of_images() -> None:
         set_density(network, 0.4)
         Reconstruction(reference, x_BCHW.split(list(sizes)))(network)
         found.append(network(x_BCHW).detach())
-    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(found[2], found[0], rtol=1e-3, atol=1e-3)
+    for logits_BC in found[1:]:
+        torch.testing.assert_close(logits_BC, found[0], rtol=1e-8, atol=1e-8)
 
 
 def test_all_dead_layers_are_left_alone() -> None:
