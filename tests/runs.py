@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from PIL import Image
 from torch import nn
 
 from afds.artifact import save_run
+from afds.config import FitConfig
 from afds.cost import measure_cost
 from afds.data import Preprocess
 from afds.fitting import cost_summary
+from afds.idle import without_idle
 from afds.selection import SelectionConfig, gates, select, set_density
 from afds.settling import Winners, fix_scales, settle, tied_units
 from networks import randomise_bn, train_like
@@ -82,3 +85,8 @@ def write_photos(root: Path, classes: tuple[str, ...] = LABELS, each: int = 4) -
             paths.append(root / name / f"{j}.png")
             Image.fromarray(noise.astype(np.uint8)).save(paths[-1])
     return paths
+
+
+def changed(config: FitConfig, changes: dict[str, Any]) -> FitConfig:
+    """``config`` with changes; of what it has of its own, only what the method then looks at."""
+    return dataclasses.replace(without_idle(dataclasses.replace(config, **changes)), **changes)

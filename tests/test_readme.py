@@ -15,10 +15,9 @@ from afds.data import write_digits
 
 README = Path(__file__).parents[1] / "README.md"
 TINY = ["--arch-args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}']
-QUICK = ["--optim.epochs", "2", "--base-epochs", "2", "--optim.batch-size", "8", "--data-options.workers", "0",
-         "--data-options.input-size", "32", "--descent.stages", "2", "--descent.images", "8"]  # fmt: skip
-
-COMPARE = ["--epochs", "1", "--base-epochs", "1", *QUICK[4:]]
+SMALL = ["--optim.batch-size", "8", "--data-options.workers", "0", "--data-options.input-size", "32"]
+QUICK = ["--optim.epochs", "2", "--base-epochs", "2", "--descent.images", "8", *SMALL]
+COMPARE = ["--epochs", "1", "--base-epochs", "1", "--descent.images", "8", *SMALL]
 
 
 def commands() -> list[list[str]]:
@@ -45,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in write_digits(folder / "others", range(3), per_class=20, test_per_class=6).rglob("*.png"):
         shutil.copy(path, folder / "unsorted" / f"{path.parent.name}-{path.name}")
     fit = ["fit", str(folder / "photos"), "--source", "resnet18", "--method", "scratch+dense"]
-    assert main([*fit, "--out", str(folder / "tiny"), *TINY, *QUICK]) == 0
+    assert main([*fit, "--out", str(folder / "tiny"), "--optim.epochs", "2", *TINY, *SMALL]) == 0
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import shlex
 import sys
@@ -13,6 +14,7 @@ import tyro
 
 from afds.config import FitConfig, parse_method, resolve_method
 from afds.errors import ConfigError
+from afds.idle import idle_options
 
 FOLDER = Path(__file__).parents[1] / "benchmarks/reproduce"
 
@@ -46,6 +48,12 @@ def test_lines_mean_what_the_cells_do(table: ModuleType, recipe: str) -> None:
         assert tyro.cli(FitConfig, args=words[2:]) == cell.config(Path("$DATA"), "$SOURCE", Path("$OUT"))
 
 
+def test_no_cell_gives_an_option_of_no_effect(table: ModuleType) -> None:
+    for recipe in ("delta", "student"):
+        for cell in table.cells(recipe):
+            assert idle_options(cell.config(Path("d"), "resnet101", Path("o"))) == {}, cell.name
+
+
 def test_recipes_keep_their_steps(table: ModuleType) -> None:
     for recipe, steps, batch in (("delta", 9000, 64), ("student", 9000, 48)):
         for cell in table.cells(recipe):
@@ -61,9 +69,12 @@ def test_afs_cells_differ_from_afds_paper_in_the_transfer_alone(table: ModuleTyp
     at = {
         c.method: resolve_method(c.config(Path("d"), "s", Path("o"))) for c in table.cells("delta") if c.budget == "5x"
     }
-    for part in ("selection", "distillation", "descent", "optim", "data_options"):
-        for method in ("l2+afs", "l2-sp+afs", "delta+afs"):
+    for method in ("l2+afs", "l2-sp+afs", "delta+afs"):
+        for part in ("selection", "optim", "data_options"):
             assert getattr(at[method], part) == getattr(at["afds-paper"], part)
+        # Of method afds alone, and at their defaults elsewhere, where nothing looks at them.
+        ours = {name: getattr(at["afds-paper"].descent, name) for name in ("settle", "reconstruct")}
+        assert dataclasses.replace(at[method].descent, **ours) == at["afds-paper"].descent
 
 
 def test_the_committed_lines_are_the_tables(table: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

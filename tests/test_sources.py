@@ -376,6 +376,12 @@ def test_an_unsupported_network_is_refused_before_training(arch: str, reason: st
     assert "While executing" not in str(caught.value)
 
 
+def test_an_unsupported_network_is_refused_before_its_weights_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_timm_weights", lambda *args: pytest.fail("fetched"))
+    with pytest.raises(SourceError, match=r"densenet121 is not supported"):
+        load_source("densenet121", num_classes=4)
+
+
 def test_images_too_small_for_the_network_are_named() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 9), nn.BatchNorm2d(4))
     with pytest.raises(SourceError, match="Sequential cannot run on 4 x 4 images"):

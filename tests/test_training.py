@@ -24,10 +24,8 @@ from afds.checkpoint import save_checkpoint
 from afds.config import (
     DataConfig,
     DescentConfig,
-    DistillationConfig,
     FitConfig,
     OptimConfig,
-    refuse_idle,
     resolve_method,
 )
 from afds.data import write_digits
@@ -39,6 +37,7 @@ from afds.schedule import MARGIN
 from afds.selection import SelectionConfig, gates, selective_units
 from afds.setup import Setup, default_epochs
 from afds.task import Task, learning_rate, parameter_groups
+from runs import changed
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}'
 
@@ -54,7 +53,7 @@ def options(data: Path, out: Path | None, **changes: Any) -> FitConfig:
         data_options=DataConfig(input_size=32, flip=False, workers=0, val_fraction=0.2),
         optim=OptimConfig(epochs=4, batch_size=8, lr=0.05), descent=DescentConfig(stages=3, images=8),
     )  # fmt: skip
-    return dataclasses.replace(config, **changes)
+    return changed(config, changes)
 
 
 def lines(out: Path, kind: str) -> list[dict[str, Any]]:
@@ -158,7 +157,7 @@ def test_afds_goes_through_a_dense_base_and_keeps_its_classifier(digits: Path, f
     assert result.cost.ratio >= 2
     assert {"ce", "afd", "kd", "hints", "entropy"} <= set(lines(out, "step")[0])
 
-    refit = DescentConfig(stages=2, images=8, reconstruct=16)
+    refit = DescentConfig(images=8, reconstruct=16)
     fit(options(digits, tmp_path / "refit", method="afds", source=str(weights), budget="2x", descent=refit), quiet=True)
     for stage in lines(tmp_path / "refit", "stage"):
         assert stage["unexplained"]
@@ -528,16 +527,3 @@ def test_the_scale_of_the_loss_in_float16_comes_back(
     assert resumed == whole > 8
     same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert same[0] == same[1]
-
-
-def test_options_of_no_effect_are_refused() -> None:
-    def refused(match: str, **changes: Any) -> None:
-        with pytest.raises(ConfigError, match=match):
-            refuse_idle(resolve_method(FitConfig(**changes)))
-
-    for method in ("l2", "l2+l1", "kd+afs"):
-        refused("--source-data is of the methods with", method=method, source_data=Path("other"))
-    hints = DistillationConfig(hints=3.0)
-    refused("--recovery.hints", method="afds", budget="5x", distillation=hints)
-    refuse_idle(resolve_method(FitConfig(method="afd+l1", budget="5x", distillation=hints)))
-    refuse_idle(resolve_method(FitConfig(method="afds", budget="5x", source_data=Path("other"))))

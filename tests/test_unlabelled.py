@@ -20,7 +20,7 @@ from afds.errors import ConfigError, DataError
 from afds.files import read_json
 from afds.fitting import fit
 from afds.task import _cross_entropy
-from runs import tiny_network
+from runs import changed, tiny_network
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'
 
@@ -41,7 +41,7 @@ def options(root: Path, out: Path, **changes: Any) -> FitConfig:
         unlabelled=root / "more", data_options=DataConfig(input_size=32, flip=False, workers=0, val_fraction=0.2),
         optim=OptimConfig(epochs=2, batch_size=8, lr=0.05), descent=DescentConfig(images=8, reconstruct=32),
     )  # fmt: skip
-    return dataclasses.replace(config, **changes)
+    return changed(config, changes)
 
 
 def test_photos_that_a_split_holds_are_left_out_by_their_content(place: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from afds.config import PAPER, DataConfig, FitConfig, OptimConfig
 from afds.data.published import catalogue
 from afds.errors import AfdsError
 from afds.fitting import fit, read_result
+from afds.idle import without_idle
 
 TRANSFERS = ("l2", "l2-sp", "delta", "afd")
 PRUNED = ("slimming", "l1")  # a dense fine-tuning first, then as long again
@@ -75,14 +76,14 @@ class Cell:
         if compression == "afs":  # as afds-paper, which is afd+afs: what is ours is off
             default = FitConfig()
             parts = {part: dataclasses.replace(getattr(default, part), **values) for part, values in PAPER.items()}
-        return FitConfig(
+        return without_idle(FitConfig(
             data=data / self.dataset, source=source, method=self.method, seed=self.seed, out=out / self.name,
             budget="" if compression == "dense" else self.budget, base_epochs=epochs if halves else 0,
             data_options=DataConfig(input_size=224, val_fraction=VAL_FRACTION, crop=recipe.crop),
             optim=OptimConfig(epochs=epochs, batch_size=recipe.batch, lr=0.01, momentum=0.9, weight_decay=recipe.l2,
                               schedule="step"),
             **parts,
-        )  # fmt: skip
+        ))  # fmt: skip
 
 
 def cells(recipe: str, seeds: int = 1) -> Iterator[Cell]:

@@ -459,31 +459,6 @@ def resolve_method(config: FitConfig) -> FitConfig:
     return config
 
 
-def refuse_idle(config: FitConfig) -> None:
-    """Options that this method, resolved, would not look at.
-
-    Raises:
-        ConfigError: it names the option, and whose it is.
-    """
-    transfer, compression = parse_method(config.method)
-    if config.small_source and "small" not in compression:
-        raise ConfigError(f"--small-source is of the methods with +small, and --method {config.method} would not look "
-                          "at it: leave it out.")  # fmt: skip
-    if config.source_data is not None and (compression != "afs" or transfer == "kd"):
-        raise ConfigError(f"--source-data is of the methods with +afs, whose selection learns on it first, and "
-                          f"--method {config.method} would not look at it: leave it out.")  # fmt: skip
-    settles = config.method == "afds" and config.descent.settle and config.budget != "1x"
-    if settles and config.distillation.hints != FitConfig().distillation.hints:
-        raise ConfigError(f"--distillation.hints {config.distillation.hints:g} has no effect here: --recovery.hints is "
-                          "the weight of the blocks where channels are settled.")  # fmt: skip
-    if config.anchor and transfer not in ANCHORED:
-        raise ConfigError(f"--anchor is of the methods {' and '.join(f'{t}+...' for t in ANCHORED)}, and --method "
-                          f"{config.method} would not look at it: leave it out.")  # fmt: skip
-    if config.selection.group > 1 and settles:
-        raise ConfigError(f"--selection.group {config.selection.group} is of networks in which each image chooses: "
-                          "add --descent.no-settle, or leave it out.")  # fmt: skip
-
-
 def _as_published(config: FitConfig) -> FitConfig:
     parts = {}
     for part, values in PAPER.items():

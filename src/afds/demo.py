@@ -22,6 +22,7 @@ from afds.data import write_digits
 from afds.errors import ConfigError
 from afds.files import check_place
 from afds.fitting import FitResult, fit, read_result
+from afds.idle import without_idle
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "stem_width": 16}'
 ROWS = (("scratch", "scratch", "1x"), ("plain fine-tuning", "l2+dense", "1x"),
@@ -77,13 +78,13 @@ def demo(config: DemoConfig) -> Path:
         for seed in range(config.seeds):
             name = f"{method.replace('+', '-')}-{budget}-seed{seed}"
             console.print(f"{label} {budget}, seed {seed} ...", style="dim")
-            run = FitConfig(
+            run = without_idle(FitConfig(
                 data=config.out / f"digits-5-9-{config.per_class}", method=method, budget=budget, seed=seed,
                 source=_source(config, method, budget, seed),
                 arch_args=ARCH, out=_runs(config) / name, data_options=data_options,
                 optim=OptimConfig(epochs=config.epochs, batch_size=8, lr=0.05),
                 descent=DescentConfig(stages=8), recovery=RECOVERY, hardware=exact,
-            )  # fmt: skip
+            ))  # fmt: skip
             results.append(_once(run))
         table.add_row(label, budget, _spread([r.test.top1 for r in results if r.test]),
                       f"{statistics.mean(r.cost.counted for r in results) / 1e6:.2f}",

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from afds.artifact import is_run, load_run, save_run
-from afds.config import ANCHORED, PRUNED, FitConfig, from_json, parse_method, refuse_idle, resolve_method
+from afds.config import PRUNED, FitConfig, from_json, parse_method, resolve_method
 from afds.cost import Cost, CostMeter, LayerCost, has_selection
 from afds.data import Splits, check_images, classes_unseen, describe, make_splits, scan, with_unlabelled, without
 from afds.data.unlabelled import fingerprint
@@ -29,6 +29,7 @@ from afds.errors import AfdsError, AfdsWarning, ConfigError, DataError, RunFolde
 from afds.evaluation import Metrics, evaluate
 from afds.files import LOCK, STEPS, alone_in, check_beside, check_place, is_empty, read_json, write_json
 from afds.hardware import make_fabric, resolve_device
+from afds.idle import refuse_idle
 from afds.latency import solve_latency
 from afds.lineage import check_unseen
 from afds.progress import Progress
@@ -38,6 +39,7 @@ from afds.schedule import parse_budget, solve
 from afds.selection import densities, round_predictors, set_density
 from afds.setup import Setup
 from afds.sources import parse_source
+from afds.steps import after_base, base_of
 from afds.training import train
 
 
@@ -53,26 +55,29 @@ class FitResult:
     latency_ms: float | None = None  # of one image, where the budget was in milliseconds
 
 
-def fit(config: FitConfig, *, quiet: bool = False) -> FitResult:
+def fit(config: FitConfig, *, quiet: bool = False, strict: bool = True) -> FitResult:
     """Transfer ``config.source`` to the photos in ``config.data`` within ``config.budget``.
+
+    strict: refuse options that the method does not look at. Off for a step of a run, and in a comparison, where
+    methods share their options.
 
     Raises:
         AfdsError: anything wrong with the options, the photos, the source or the run folder, before training.
     """
     with contextlib.ExitStack() as held:
-        return _fit(config, quiet, held)
+        return _fit(config, quiet, strict, held)
 
 
-def _fit(config: FitConfig, quiet: bool, held: contextlib.ExitStack) -> FitResult:
+def _fit(config: FitConfig, quiet: bool, strict: bool, held: contextlib.ExitStack) -> FitResult:
     config = dataclasses.replace(config, out=None if config.out is None else config.out.expanduser(),
                                  resume=None if config.resume is None else config.resume.expanduser())  # fmt: skip
     if config.resume is not None:
         begun = _resumed(config.resume, config.data)
         _only_resume(config)
         config = begun
-    config = _absolute(resolve_method(config))
-    if config.resume is None:
+    elif strict:
         refuse_idle(config)
+    config = _absolute(resolve_method(config))
     if config.data is None or config.out is None:
         missing = "a folder of photos" if config.data is None else "--out RUN, the folder to write"
         raise ConfigError(f"afds fit needs {missing} (or --resume RUN).")
@@ -234,32 +239,6 @@ def _steps_before(config: FitConfig, setup: Setup, quiet: bool) -> FitConfig:
     return config
 
 
-def base_of(config: FitConfig) -> str | None:
-    """The method of the dense fine-tuning that comes before this run; None where none does.
-
-    Pruning cuts a fine-tuned network, logit distillation learns from one, and afds does both.
-    """
-    transfer, compression = parse_method(config.method)
-    cuts = parse_budget(config.budget).ratio != 1
-    if config.method == "afds" and cuts:
-        return "afd+dense"
-    if compression == "slimming":  # the sparse training, which at 1x is the run itself
-        return f"{'l2' if transfer == 'kd' else transfer}+slimming" if cuts else None
-    if compression in PRUNED and cuts:
-        return f"{'l2' if transfer == 'kd' else transfer}+dense"
-    return "l2+dense" if transfer == "kd" else None
-
-
-def after_base(config: FitConfig, base: str) -> FitConfig:
-    """The options of a run once its base is there, in the run folder ``base``."""
-    transfer, compression = parse_method(config.method)
-    teacher = config.teacher or (Path(base) if transfer == "kd" else None)
-    if transfer == "kd" and compression in ("dense", "small"):
-        return dataclasses.replace(config, teacher=teacher)  # the student starts from pretrained weights
-    anchor = (config.anchor or config.source) if transfer in ANCHORED else ""
-    return dataclasses.replace(config, source=base, teacher=teacher, anchor=anchor)
-
-
 def _carries_selection(source: str) -> bool:
     return Path(source).is_dir() and is_run(source) and load_run(source).selection is not None
 
@@ -269,7 +248,7 @@ def _step(config: FitConfig, out: Path, quiet: bool) -> str:
     if not is_run(out):
         begun = (out / "config.json").exists()
         new = dataclasses.replace(config, out=out, resume=None)
-        fit(FitConfig(resume=out, data=config.data) if begun else new, quiet=quiet)
+        fit(FitConfig(resume=out, data=config.data) if begun else new, quiet=quiet, strict=False)
     return str(out)
 
 

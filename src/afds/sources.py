@@ -124,7 +124,8 @@ def load_source(
         scratch: leave the weights random; no file and no hub is touched.
         keep_head: keep the source's classifier, which then must have ``num_classes`` outputs.
     Raises:
-        SourceError: weights that are missing, damaged, out of reach or of another architecture.
+        SourceError: weights that are missing, damaged, out of reach or of another architecture; a network that is not
+            supported, where they would have to be fetched.
     """
     spec = parse_source(spec) if isinstance(spec, str) else spec
     local = _read_local_dir(spec.weights) if spec.weights and spec.weights.is_dir() else None
@@ -136,6 +137,7 @@ def load_source(
         _wake(model)
         file, origin = None, f"{spec.arch}, random weights"
     elif spec.weights is None:
+        check_supported(model)  # before weights are fetched for nothing
         file, state = _timm_weights(spec.arch, arch_args)
         origin = f"{_full_name(spec.arch)}, timm's weights"
         _fill(model, state, spec.arch, arch_args, where=origin, keep_head=keep_head)

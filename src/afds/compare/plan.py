@@ -37,9 +37,9 @@ from afds.config import (
     to_json,
 )  # fmt: skip
 from afds.errors import ConfigError
-from afds.fitting import after_base, base_of
 from afds.schedule import parse_budget
 from afds.selection import SelectionConfig
+from afds.steps import after_base, base_of
 
 # (multiple of the learning rate, multiple of the regulariser's weight); the first T are tried
 CANDIDATES = ((1, 1), (0.5, 1), (2, 1), (1, 0.1), (0.5, 0.1), (1, 10), (2, 0.1), (0.5, 10), (2, 10))

@@ -23,18 +23,20 @@ from afds.compare.plan import (
     Trial,
     budgets_of,
     candidate_config,
+    common,
     identity,
     make_plan,
     whole_fit,
 )  # fmt: skip
 from afds.compare.pools import make_pool
 from afds.compare.rows import Row
-from afds.config import DistillationConfig, FitConfig, SelectionConfig, refuse_idle, resolve_method, to_json
+from afds.config import FitConfig, resolve_method, to_json
 from afds.data import make_splits, scan, with_unlabelled
 from afds.errors import AfdsError, ConfigError, RunFolderError, TrainingError
 from afds.files import alone_in, check_beside, check_place, is_empty, read_json, write_atomic, write_json
 from afds.fitting import fit, read_photos, read_result
 from afds.hardware import make_fabric, resolve_device, resolve_precision
+from afds.idle import idle_options
 from afds.lineage import check_unseen
 from afds.progress import Progress
 from afds.record import read_lines
@@ -120,10 +122,7 @@ def preflight(c: CompareConfig, console: Console) -> dict[str, str]:
     """Build every row at every budget on every data set, and train none; fingerprints of the data, by name."""
     fabric = make_fabric(c.hardware)
     prints = {}
-    idle: AfdsError | None = None
-    # Options of the whole comparison are for the rows that look at them; a row's own have to have an effect on it.
-    own = dataclasses.replace(c, distillation=DistillationConfig(), selection=SelectionConfig())
-    looked_at = False
+    check_idle(c)
     for data in c.data:
         first = whole_fit(c, c.all_rows()[0], data, "1x", 0)
         splits, facts = read_photos(first, Progress(quiet=True))
@@ -141,21 +140,39 @@ def preflight(c: CompareConfig, console: Console) -> dict[str, str]:
             for budget in budgets:
                 try:
                     config = resolve_method(whole_fit(c, row, data, budget, 0))
-                    refuse_idle(resolve_method(whole_fit(own, row, data, budget, 0)))
-                    try:
-                        refuse_idle(config)
-                        looked_at = True
-                    except ConfigError as error:
-                        idle = error
                     # The source step has data of its own and is checked by its own fit.
                     config = dataclasses.replace(config, source_data=None)
                     photos = with_unlabelled(splits, config.unlabelled) if config.unlabelled else splits
                     Setup(config, photos, fabric, rehearsal=True)
                 except AfdsError as error:
                     raise type(error)(f"{row.name} at {budget} on {data}: {error}") from error
-    if idle is not None and not looked_at:
-        raise idle
     return prints
+
+
+def check_idle(c: CompareConfig) -> None:
+    """Options of the whole comparison are for the rows that look at them; a row's own have to have an effect on it.
+
+    Raises:
+        ConfigError: a row's option that it looks at at none of its budgets, a shared one that no row looks at.
+    """
+    shared: dict[str, str] | None = None
+    for row in c.all_rows():
+        own, idle = {option for option, _ in row.overrides}, list[dict[str, str]]()
+        for budget in budgets_of(row, c.all_budgets()):
+            try:
+                idle.append(idle_options(dataclasses.replace(row.apply(common(c, c.data[0])), budget=budget)))
+            except ConfigError as error:
+                raise ConfigError(f"{row.name} at {budget}: {error}") from error
+        if not idle:
+            continue
+        always = {option: message for option, message in idle[0].items() if all(option in found for found in idle)}
+        for option in own & always.keys():
+            raise ConfigError(f"{row.name}: {always[option]}")
+        rest = {option: message for option, message in always.items() if option not in own}
+        shared = rest if shared is None else {option: m for option, m in shared.items() if option in rest}
+    for option, message in (shared or {}).items():
+        if option != "base_epochs":  # what has no base learns for so many epochs more
+            raise ConfigError(f"No row looks at it: {message}" if len(c.all_rows()) > 1 else message)
 
 
 def _known(c: CompareConfig, what: str) -> dict[str, Any]:
@@ -319,7 +336,7 @@ def run_trial(trial: Trial) -> dict[str, Any]:
         elif out.exists():  # killed before its first line
             shutil.rmtree(out)
         try:
-            fit(config, quiet=True)
+            fit(config, quiet=True, strict=False)
         except TrainingError as diverged:
             error = str(diverged)
     record = read_json(out / "config.json")
