@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from afds.artifact import save_run
+from afds.artifact import is_run, load_run, save_run
 from afds.config import FitConfig
 from afds.cost import measure_cost
-from afds.data import Preprocess
+from afds.data import Preprocess, scan
 from afds.fitting import cost_summary
 from afds.idle import without_idle
 from afds.selection import SelectionConfig, gates, select, set_density
@@ -89,4 +89,7 @@ def write_photos(root: Path, classes: tuple[str, ...] = LABELS, each: int = 4) -
 
 def changed(config: FitConfig, changes: dict[str, Any]) -> FitConfig:
     """``config`` with changes; of what it has of its own, only what the method then looks at."""
-    return dataclasses.replace(without_idle(dataclasses.replace(config, **changes)), **changes)
+    new = dataclasses.replace(config, **changes)
+    assert new.data is not None
+    from_base = is_run(new.source) and new.data.exists() and load_run(new.source).labels == scan(new.data).classes
+    return dataclasses.replace(without_idle(new, from_base=from_base), **changes)

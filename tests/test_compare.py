@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from afds import fitting
 from afds.artifact import is_run
 from afds.cli import main
+from afds.compare import run as comparing
 from afds.compare.page import write_page
 from afds.compare.plan import CANDIDATES, CompareConfig, Trial, identity, make_plan
 from afds.compare.rows import parse_row, read_rows
@@ -30,9 +32,10 @@ from afds.compare.table import cells, footnote, markdown, terminal, write_tables
 from afds.config import DataConfig, DistillationConfig, FitConfig, OptimConfig
 from afds.data import write_digits
 from afds.errors import BudgetError, ConfigError, DataError, RunFolderError, TrainingError
-from afds.files import alone_in
+from afds.files import alone_in, read_json
 from afds.fitting import fit
 from afds.stats import paired, paired_images
+from afds.terminal import Terminal, make_console
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}'
 DATA = DataConfig(input_size=32, flip=False, workers=0, val_fraction=0.2)
@@ -82,6 +85,11 @@ def test_rows_are_methods_with_options() -> None:
         ("afds[budget=2x]", "same for all rows"),
         ("afds[base_epochs=40]", "same for all rows"),
         ("afds[latency.threads=2]", "same for all rows"),
+        ("l2[data_options.test_fraction=0]", "same for all rows"),
+        ("l2[data_options.val_fraction=0.5]", "same for all rows"),
+        ("l2+l1[data_options.input_size=64]", "same for all rows"),
+        ("l2[hardware.precision=32-true]", "same for all rows"),
+        ("l2[optim.lr=-1]", r"^l2\[optim.lr=-1\]: --optim.lr must be"),
         ("l2+l1[small_source=resnet18]", "no effect without"),
         ("afds[", "Cannot read"),
     ],
@@ -290,6 +298,11 @@ def test_what_cannot_be_is_refused_before_any_training(
     refused(ConfigError, "no effect without tuning", tune_at="2x")
     refused(ConfigError, "'a, b' and 'a b' would share", methods="", rows=named(tmp_path, "a, b", "a b"))
     refused(DataError, "at 2x on .*nowhere: no such file", methods=f"l2,afds[unlabelled={tmp_path / 'nowhere'}]")
+    refused(DataError, "at 2x on .*nowhere.* no", methods=f"l2,afds[source_data={tmp_path / 'nowhere'}]")
+    refused(ConfigError, "names none", budgets="")
+    twice = tmp_path / "twice.json"
+    twice.write_text('{"one": "l2", "one": "l2-sp"}')
+    refused(ConfigError, "twice.json: cannot be read .*'one' is there twice", methods="", rows=twice)
     known = next((finished[0].out / "bases/photos").glob("l2+dense-*-seed1"))
     refused(ConfigError, r"l2\+small.*, seed 0 on .* has learned from", methods=f"l2+small[small_source={known}]")
     hints = DistillationConfig(hints=3)
@@ -314,6 +327,46 @@ def test_an_option_of_all_is_for_the_rows_that_look_at_it(room: Path, tmp_path: 
     assert [line["row"] for line in lines if line["kind"] == "final" and line["error"] is None] == ["afd+l1", "afds"]
 
 
+def test_a_budget_is_there_once_however_it_is_written(tmp_path: Path) -> None:
+    c = CompareConfig(data=(tmp_path,), out=tmp_path / "out", methods="afds", budgets="2x,2.0x, 2X,0.5G,500M,10x")
+    assert c.all_budgets() == ["2x", "0.5G", "10x"]
+
+
+def test_one_that_begins_meanwhile_with_other_options_is_not_mixed_in(
+    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have found the folder empty; the second gets its turn when the first is done."""
+    out, preflight = tmp_path / "out", comparing.preflight
+
+    def slow(c: CompareConfig, console: Console) -> Any:
+        if c.epochs == 2:
+            compare(options(room, out, methods="l2", seeds=1))
+        return preflight(c, console)
+
+    monkeypatch.setattr(comparing, "preflight", slow)
+    with pytest.raises(RunFolderError, match="was made with epochs = 1, now it is 2"):
+        compare(options(room, out, methods="l2", seeds=1, epochs=2))
+    assert read_json(out / "compare.json")["options"]["epochs"] == 1
+
+
+def test_photos_with_other_contents_are_other_photos(room: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(room / "photos", photos)
+    config = options(room, tmp_path / "out", data=(photos,), methods="l2", seeds=1)
+    compare(config)
+    for path in photos.rglob("*.png"):
+        Image.new("RGB", (40, 40)).save(path)
+    with pytest.raises(RunFolderError, match="the photos of photos are not those that it was begun with"):
+        compare(dataclasses.replace(config, methods="l2,l2-sp"))
+
+
+@pytest.mark.parametrize("text", ["[]", '{"options": 3}'])
+def test_a_record_of_another_make_is_refused_by_name(room: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "compare.json").write_text(text)
+    with pytest.raises(RunFolderError, match=r"compare.json is not the record of a comparison"):
+        compare(options(room, tmp_path))
+
+
 def named(folder: Path, *names: str) -> Path:
     file = folder / f"{len(names)}.json"
     file.write_text(json.dumps(dict.fromkeys(names, "l2")))
@@ -322,10 +375,11 @@ def named(folder: Path, *names: str) -> Path:
 
 def test_names_that_differ_have_folders_that_differ(tmp_path: Path) -> None:
     long = "afds[descent.allocation=refit,descent.trials=24,recovery.lr=0.001,recovery.mixup=0.5,recovery.colour=0.2]"
-    names = [long, long.replace("0.2", "0.4"), "мало", "много", "少", "l2+slimming by layer, 0.04"]
+    names = [long, long.replace("0.2", "0.4"), "мало", "много", "少", "..", ".", "l2+slimming by layer, 0.04"]
     slugs = [row.slug for row in read_rows(named(tmp_path, *names))]
     assert len(set(slugs)) == len(names)
     assert max(map(len, slugs)) <= 80
+    assert all(slug.strip(".") for slug in slugs)
     assert slugs[-1] == "l2+slimming_by_layer_0.04"  # as ever: results lie there
 
 
@@ -455,6 +509,28 @@ def test_table_and_page(finished: tuple[CompareConfig, list[dict[str, Any]]], tm
     page = write_page(tmp_path, found, note).read_text()
     assert "<svg" in page
     assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_long_names_and_all_figures_are_shown_in_a_narrow_terminal(
+    finished: tuple[CompareConfig, list[dict[str, Any]]],
+) -> None:
+    long = "l2+l1[pruning.stages=8,optim.lr=0.04,data_options.colour=0.4]"
+    found = [dataclasses.replace(cell, row=long if cell.row == "l2+l1" else cell.row)
+             for cell in cells(finished[1], "l2")]  # fmt: skip
+    file = io.StringIO()
+    for table in terminal(found):
+        Console(file=file, width=make_console(120).width).print(table)
+    assert "…" not in file.getvalue()
+    assert "=0.4]" in file.getvalue()
+
+
+def test_the_reader_of_a_pipe_may_leave() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        Terminal(file=Gone()).print("more than was asked for")
 
 
 def test_latency_is_drawn_where_a_run_was_measured(

@@ -213,6 +213,34 @@ def test_bad_places(run: Path, tmp_path: Path, out: str, message: str) -> None:
         export_run(run, "onnx", out=tmp_path / out)
 
 
+FULL = """
+import resource, sys
+from pathlib import Path
+from afds.cli import main
+run, out = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))  # the network has 180,000 bytes
+for name in ("a.onnx", "a.xml", "a.pt2"):
+    kind = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch"}[Path(name).suffix]
+    print(name, main(["export", run, "--format", kind, "--out", str(Path(out, name))]), file=sys.stderr)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of a file's size")
+def test_no_room_for_the_file(run: Path, tmp_path: Path) -> None:
+    """In a process of its own: torch's writer of files ends it where it cannot write."""
+    for name in ("a.onnx", "a.xml", "a.bin", "a.pt2"):
+        (tmp_path / name).write_text("the old one")
+    done = subprocess.run([sys.executable, "-c", FULL, str(run), str(tmp_path)], capture_output=True, text=True,
+                          timeout=240, check=False)  # fmt: skip
+    wanted = [line for name in ("a.onnx", "a.xml", "a.pt2") for line in
+              (f"afds: error: {tmp_path / name}: cannot be written (File too large). Check its folder and the space.",
+               f"{name} 2")]  # fmt: skip
+    assert (done.returncode, done.stderr.splitlines()) == (0, wanted)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict.fromkeys(
+        ("a.onnx", "a.xml", "a.bin", "a.pt2"), "the old one"
+    )
+
+
 @pytest.mark.parametrize("kind", ["onnx", "openvino"])
 def test_a_missing_extra_names_the_command(run: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -25,7 +25,9 @@ from afds.config import (
     RecoveryConfig,
     TransferConfig,
 )  # fmt: skip
+from afds.data import write_digits
 from afds.errors import ConfigError
+from afds.fitting import fit
 from afds.idle import refuse_idle
 from afds.selection import SelectionConfig
 
@@ -101,6 +103,49 @@ def test_options_that_are_looked_at_are_not(changes: dict[str, Any]) -> None:
     refuse_idle(FitConfig(**changes))
 
 
+@pytest.mark.parametrize(
+    ("shown", "changes"),
+    [
+        ("--base-epochs 5", {"base_epochs": 5}),
+        ("--base-epochs 5", {"base_epochs": 5, "method": "l2+l1", "budget": "2x"}),
+        ("--optim.lr 0.5", {"optim": OptimConfig(lr=0.5)}),
+        ("--optim.weight-decay 0.5", {"optim": OptimConfig(weight_decay=0.5)}),
+        ("--optim.mixup 0.5", {"optim": OptimConfig(mixup=0.5)}),
+        ("--optim.momentum 0", {"optim": OptimConfig(momentum=0)}),
+        ("--data-options.colour 0.4", {"data_options": DataConfig(colour=0.4)}),
+    ],
+)
+def test_options_of_a_step_that_has_been_done_are_refused(shown: str, changes: dict[str, Any]) -> None:
+    refuse_idle(FitConfig(**changes))  # where the step comes first
+    with pytest.raises(ConfigError, match=f"^{shown} would be of no effect .* of .* has been done before|sgd"):
+        refuse_idle(FitConfig(**changes), from_base=True)
+
+
+def test_where_each_image_chooses_and_in_pruning_options_are_still_looked_at() -> None:
+    optim = OptimConfig(lr=0.5, weight_decay=0.1, mixup=0.5, momentum=0.5)
+    for config in (FitConfig(optim=optim, descent=PER_IMAGE), FitConfig(method="l2+l1", optim=optim)):
+        refuse_idle(config, from_base=True)
+    refuse_idle(FitConfig(method="kd", base_epochs=5), from_base=True)  # its teacher learns all the same
+
+
+def test_a_fit_from_a_base_says_what_it_would_not_look_at(tmp_path: Path) -> None:
+    photos = write_digits(tmp_path / "photos", range(3), per_class=16, test_per_class=4)
+    small = DataConfig(input_size=32, flip=False, workers=0, val_fraction=0.2)
+    optim = OptimConfig(epochs=1, batch_size=8)
+    base = FitConfig(data=photos, source="resnet18", method="scratch", arch_args='{"layers": [1, 1, 1, 1]}',
+                     data_options=small, optim=optim, out=tmp_path / "base")  # fmt: skip
+    fit(base, quiet=True)
+    run = FitConfig(data=photos, source=str(tmp_path / "base"), data_options=small, budget="2x", out=tmp_path / "run")
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"optim": dataclasses.replace(optim, lr=0.5)}, "--optim.lr 0.5"),
+        ({"arch_args": '{"layers": [2, 1, 1, 1]}'}, "--arch-args .* which knows its own"),
+    ]
+    for changes, shown in cases:
+        with pytest.raises(ConfigError, match=f"^{shown}"):
+            fit(dataclasses.replace(run, **changes), quiet=True)
+        assert not (tmp_path / "run").exists()
+
+
 def test_no_method_is_refused_as_it_is_and_afds_paper_not_what_it_is_itself() -> None:
     for transfer in TRANSFERS:
         for compression in COMPRESSIONS:
@@ -125,6 +170,9 @@ def test_a_row_is_refused_for_what_none_of_its_budgets_looks_at() -> None:
         check("l2,afds", small_source="resnet18")
     check("l2,l2+small", small_source="resnet18")
     check("afds,afds[descent.allocation=uniform]", descent=DescentConfig(allocation="refit", trials=3))
+    with pytest.raises(ConfigError, match=r"^afds\[optim.lr=0.1\]: --optim.lr 0.1 .* has been done before"):
+        check("l2,afds[optim.lr=0.1]", budgets="5x")  # a base learns with the options of all
+    check("l2,afds", optim=OptimConfig(lr=0.1))
     check("l2", base_epochs=5)  # learns for so many epochs more
 
 

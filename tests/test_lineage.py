@@ -17,6 +17,7 @@ from afds.config import DataConfig, FitConfig, OptimConfig
 from afds.data import Splits, make_splits, scan, write_digits
 from afds.errors import ConfigError
 from afds.fitting import fit
+from runs import changed
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}'
 DRAWN = DataConfig(input_size=32, flip=False, workers=0, val_fraction=0.2, test_fraction=0.2)
@@ -34,7 +35,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(data: Path, out: Path | None = None, **changes: Any) -> FitConfig:
     config = FitConfig(data=data, out=out, source="resnet18", arch_args=ARCH, method="scratch", data_options=DRAWN,
                        optim=OptimConfig(epochs=1, batch_size=8))  # fmt: skip
-    return dataclasses.replace(config, **changes)
+    return changed(config, changes)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import afds.commands
+import afds.measure
 from afds.cli import main
-from afds.errors import ConfigError
+from afds.errors import AfdsWarning, ConfigError, RunFolderError
 from afds.files import read_json
 from afds.hardware import usable_cores
 from afds.measure import TURN, Row, measure_run, verdict
@@ -116,6 +118,102 @@ def test_a_row_is_held_to_its_peer_in_the_same_precision(run: Path, capsys: pyte
     ours = rows["dynamic", "native", "bf16"]
     assert ours["speedup"] == pytest.approx(rows["dense", "native", "bf16"]["median_ms"] / ours["median_ms"])
     assert "native bf16" in write_report(run).read_text()
+
+
+def test_a_runtime_without_bf16_is_named_and_costs_no_measurement(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["measure", str(run), "--threads", "1", "--rounds", "1", "--only", "dense"]
+    assert main([*arguments, "torch"]) == 0
+    before = (run / "measure.json").read_bytes()
+    assert main([*arguments, "onnx", "torch", "--precision", "bf16"]) == 2
+    assert "--only torch onnx: rows in bf16 are of native and openvino; name one" in capsys.readouterr().err
+    assert main([*arguments, "native", "--rounds", "0"]) == 2
+
+    def broken(*of: object, **more: object) -> None:
+        raise ConfigError("this runtime is broken")
+
+    monkeypatch.setitem(afds.measure.OPENERS, "native", broken)
+    assert main([*arguments, "native", "--precision", "bf16"]) == 2  # nothing known beforehand, and yet no row
+    assert "nothing could be timed, so nothing was saved. dense in native bf16: this runtime is broken" in (
+        capsys.readouterr().err
+    )
+    assert (run / "measure.json").read_bytes() == before
+
+    monkeypatch.setitem(afds.measure.OPENERS, "native", lambda *of, **more: lambda x_BCHW: x_BCHW)
+    assert main([*arguments, "native", "torch", "--precision", "bf16"]) == 0
+    assert "left out: torch bf16: rows in bf16 are of native and openvino" in capsys.readouterr().out
+    saved = read_json(run / "measure.json")
+    assert [(r["runtime"], r["precision"]) for r in saved["rows"]] == [("native", "bf16")]
+    assert list(saved["skipped"]) == ["torch bf16"]
+    result = measure_run(run, threads=(1,), batches=(), rounds=1, only=("dense", "torch"), precisions=())
+    assert [(r.batch, r.precision) for r in result.rows] == [(1, "float32")]
+
+
+def close(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read-only, for root as well, which may else write everywhere but to a file system that is mounted so."""
+    folder.chmod(0o500)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and access(path, mode))
+
+
+@pytest.mark.parametrize(
+    ("place", "message"), [("nowhere/x.json", "there is no folder"), ("closed/x.json", "closed cannot be written to"),
+                           ("", "is a folder"), ("/dev/null", "is no plain file")],
+)  # fmt: skip
+def test_a_place_for_json_is_looked_at_before_anything_is_timed(
+    run: Path, tmp_path: Path, place: str, message: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(afds.measure, "load_run", None)
+    if place.startswith("closed"):
+        close(tmp_path / "closed", monkeypatch)
+    assert main(["measure", str(run), "--json", str(tmp_path / place)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_be_written_to_is_measured_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    write_run(run, selection=SelectionConfig())
+    files = sorted(run.iterdir())
+    close(run, monkeypatch)
+    arguments = ["measure", str(run), "--only", "torch", "dense", "--threads", "1", "--rounds", "1"]
+    assert main([*arguments, "--json", str(tmp_path / "m.json")]) == 0
+    out = capsys.readouterr().out
+    assert "threads 1, batch 1" in out
+    assert out.splitlines()[-1] == f"not saved in the run: {run} cannot be written to."
+    assert len(read_json(tmp_path / "m.json")["rows"]) == 1
+    with pytest.warns(AfdsWarning, match="run cannot be written to: not saved in it"):
+        assert measure_run(run, threads=(1,), rounds=1, only=("torch", "dense")).rows
+    assert sorted(run.iterdir()) == files
+
+
+def test_figures_are_shown_before_they_are_saved_and_saved_though_nobody_reads_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    write_run(run, selection=SelectionConfig())
+    arguments = ["measure", str(run), "--only", "torch", "dense", "--threads", "1", "--rounds", "1"]
+
+    def full(*of: object) -> None:
+        raise RunFolderError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(afds.measure, "write_json", full)
+        assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert "threads 1, batch 1" in said.out
+    assert "no room" in said.err
+
+    def left(*of: object) -> None:
+        raise RunFolderError("nobody reads on")
+
+    monkeypatch.setattr(afds.commands, "_show_measurement", left)
+    assert main([*arguments, "--json", str(tmp_path / "m.json")]) == 2
+    assert read_json(run / "measure.json") == read_json(tmp_path / "m.json")
 
 
 def row(form: str, ms: float, speedup: float = 1.0) -> Row:

@@ -16,7 +16,8 @@ from afds.data import write_digits
 README = Path(__file__).parents[1] / "README.md"
 TINY = ["--arch-args", '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}']
 SMALL = ["--optim.batch-size", "8", "--data-options.workers", "0", "--data-options.input-size", "32"]
-QUICK = ["--optim.epochs", "2", "--base-epochs", "2", "--descent.images", "8", *SMALL]
+FROM_BASE = ["--optim.epochs", "2", "--descent.images", "8", *SMALL]
+QUICK = ["--base-epochs", "2", *FROM_BASE]
 COMPARE = ["--epochs", "1", "--base-epochs", "1", "--descent.images", "8", *SMALL]
 
 
@@ -62,7 +63,7 @@ def test_commands_of_the_readme(
         rest = ["resnet18:tiny/model.safetensors" if word in ("resnet18", "resnet50") else word for word in rest]
         if verb == "compare":
             rest += ["--source", "resnet18:tiny/model.safetensors", *TINY, *COMPARE]
-        extra = [] if verb != "fit" else QUICK if "run/base" in rest else [*TINY, *QUICK]
+        extra = [] if verb != "fit" else FROM_BASE if "run/base" in rest else [*TINY, *QUICK]
         assert main([verb, *rest, *extra]) == 0, command
     assert {"fit", "evaluate", "predict", "report"} <= verbs
     assert (place / "run/report.html").exists()
@@ -73,7 +74,7 @@ def test_commands_of_the_readme(
 def test_python_of_the_readme(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(place)
     code = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[0]
-    options = "DataConfig(workers=0), optim=OptimConfig(epochs=2, batch_size=8), base_epochs=2"
+    options = "DataConfig(workers=0), optim=OptimConfig(epochs=2, batch_size=8)"
     code = code.replace('source="resnet50"', f'source="tiny", data_options={options}')
     code = code.replace('out=Path("run")', 'out=Path("again")').replace('afds.load("run")', 'afds.load("again")')
     imports = "import timm\nfrom afds.config import DataConfig, OptimConfig\n"

@@ -81,7 +81,8 @@ def _once(config: FitConfig, options: Options) -> FitResult:
     assert config.out is not None
     if is_run(config.out):
         return read_result(config.out)
-    result = fit(FitConfig(resume=config.out) if (config.out / "last.ckpt").exists() else config)
+    begun = (config.out / "last.ckpt").exists()
+    result = fit(FitConfig(resume=config.out) if begun else config, strict=False)  # all runs share their options
     record = json.loads((config.out / "config.json").read_text())
     line = {
         "run": config.out.name, "val": result.val.top1, "test": result.test.top1 if result.test else None,

@@ -86,6 +86,9 @@ def _run(arguments: list[str]) -> int:
         return 130
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains
+        if arguments[:1] in (["compare"], ["demo"]):  # they tell what they do while they do it
+            print("afds: stopped, as nobody reads the output any more. The same command goes on.", file=sys.stderr)
+            return 2
         return 0
     except SystemExit as stop:  # tyro, after help or a wrong option
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1

@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from afds.errors import ConfigError
+from afds.terminal import make_console
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from rich.console import Console
+
     from afds.evaluation import FolderResult
     from afds.inference import Prediction
+    from afds.inspection import Inspection
+    from afds.measure import Measurement
 
 T = TypeVar("T")
 ALL_CLASSES = 20  # up to so many the table of accuracies is shown in full, beyond only its weaker half of that
@@ -240,7 +244,7 @@ def _evaluate(arguments: list[str]) -> int:
 
 
 def _show(result: FolderResult, mistakes: int) -> None:
-    console, metrics, cost = Console(highlight=False), result.metrics, result.metrics.cost
+    console, metrics, cost = make_console(), result.metrics, result.metrics.cost
     table = Table(title=f"{metrics.images} images ({result.split})", show_header=False)
     table.add_row("accuracy", f"{metrics.top1:.1%}")
     if metrics.top5 is not None:
@@ -334,7 +338,7 @@ def _export(arguments: list[str]) -> int:
     o = tyro.cli(Export, prog="afds export", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
     from afds.export import export_run
 
-    console = Console(highlight=False)
+    console = make_console()
     made = export_run(o.run, o.format, static_form=o.static, out=o.out, data=o.data, tolerance=o.tolerance,
                       say=lambda line: console.print(line, markup=False, soft_wrap=True))  # fmt: skip
     console.print(f"{made.path}: {made.form}, {made.macs_ratio:.2f}x fewer MACs than dense", markup=False,
@@ -351,18 +355,35 @@ def _export(arguments: list[str]) -> int:
 
 def _measure(arguments: list[str]) -> int:
     o = tyro.cli(Measure, prog="afds measure", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
-    from afds.files import write_json
-    from afds.measure import NAME, measure_run, runtime_of
+    from afds.files import no_file_at, write_json
+    from afds.measure import NAME, measure_run, save_measurement
     from afds.report import NAME as PAGE
 
-    console = _wide_console(110)
+    if o.json is not None and (reason := no_file_at(o.json)):
+        raise ConfigError(f"--json {o.json}{reason}")
+    console = make_console(110)
     result = measure_run(o.run, threads=o.threads, batches=o.batch, only=o.only, rounds=o.rounds, data=o.data,
-                         precisions=o.precision, profile=o.profile,
+                         precisions=o.precision, profile=o.profile, save=False,
                          say=lambda line: console.print(line, markup=False))  # fmt: skip
-    if o.json is not None:
-        write_json(o.json, result.to_dict())
+    try:
+        _show_measurement(result, console, o.precision)
+    finally:  # also where the reader of these lines has seen enough
+        if o.json is not None:
+            write_json(o.json, result.to_dict())
+        saved = save_measurement(o.run, result)
+    console.print(_where_saved(o.run, NAME, PAGE, saved), markup=False, soft_wrap=True)
+    return 0
+
+
+def _where_saved(run: Path, name: str, page: str, saved: bool) -> str:
+    return f"saved: {run / name}, {run / page}" if saved else f"not saved in the run: {run} cannot be written to."
+
+
+def _show_measurement(result: Measurement, console: Console, precisions: tuple[str, ...]) -> None:
+    from afds.measure import runtime_of
+
     size = f"{result.input_size}" + f" (dense {result.dense_size})" * (result.dense_size != result.input_size)
-    console.print(f"{result.arch}, {size} px, {' and '.join(o.precision)}, {result.hardware['cpu']}", markup=False)
+    console.print(f"{result.arch}, {size} px, {' and '.join(precisions)}, {result.hardware['cpu']}", markup=False)
     for threads, batch in dict.fromkeys((row.threads, row.batch) for row in result.rows):
         table = Table(title=f"threads {threads}, batch {batch}: median ms (quarters)")
         for name in ("network", "runtime", "ms", "p90", "faster", "fewer MACs", "share"):
@@ -382,8 +403,6 @@ def _measure(arguments: list[str]) -> int:
         console.print(f"left out: {what}: {why}", markup=False, soft_wrap=True)
     for line in result.verdict:
         console.print(line, markup=False, soft_wrap=True)
-    console.print(f"saved: {o.run / NAME}, {o.run / PAGE}", markup=False, soft_wrap=True)
-    return 0
 
 
 def _profile_table(profile: list[dict[str, Any]]) -> Table:
@@ -406,13 +425,23 @@ def _profile_table(profile: list[dict[str, Any]]) -> Table:
 
 def _inspect(arguments: list[str]) -> int:
     o = tyro.cli(Inspect, prog="afds inspect", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
-    from afds.inspection import NAME, inspect_run
+    from afds.inspection import NAME, inspect_run, save_inspection
     from afds.report import NAME as PAGE
+
+    console = make_console(80)
+    found = inspect_run(o.run, data=o.data, images=o.images, save=False,
+                        say=lambda line: console.print(line, markup=False, soft_wrap=True))  # fmt: skip
+    try:
+        _show_inspection(found, console)
+    finally:  # also where the reader of these lines has seen enough
+        saved = save_inspection(o.run, found)
+    console.print(_where_saved(o.run, NAME, PAGE, saved), markup=False, soft_wrap=True)
+    return 0
+
+
+def _show_inspection(found: Inspection, console: Console) -> None:
     from afds.report.winners import shown, summary
 
-    console = _wide_console()
-    found = inspect_run(o.run, data=o.data, images=o.images,
-                        say=lambda line: console.print(line, markup=False, soft_wrap=True))  # fmt: skip
     facts = found.to_dict()
     table = Table(title=f"winners on {found.images} images of {found.classes} classes, in %", box=SIMPLE_HEAD,
                   padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)  # fmt: skip
@@ -426,8 +455,6 @@ def _inspect(arguments: list[str]) -> int:
     console.print(table)
     for line in summary(facts):
         console.print(line, markup=False, soft_wrap=True)
-    console.print(f"saved: {o.run / NAME}, {o.run / PAGE}", markup=False, soft_wrap=True)
-    return 0
 
 
 def _compare(arguments: list[str]) -> int:
@@ -439,7 +466,7 @@ def _compare(arguments: list[str]) -> int:
     from afds.compare.run import compare
     from afds.compare.table import cells, footnote, terminal, write_tables
 
-    console = Console(highlight=False)
+    console = make_console(120)
     lines = compare(config, console)
     if config.dry_run:
         return 0
@@ -458,12 +485,6 @@ def _bare_ray(arguments: list[str]) -> list[str]:
     """`--ray` without an address means a cluster of this machine alone."""
     bare = [a == "--ray" and b.startswith("--") for a, b in zip(arguments, [*arguments[1:], "--"], strict=True)]
     return [word for a, alone in zip(arguments, bare, strict=True) for word in ([a, "local"] if alone else [a])]
-
-
-def _wide_console(least: int = 80) -> Console:
-    """Of so many columns at least: in a narrow terminal lines of a table wrap; columns would lose their figures."""
-    console = Console(highlight=False)
-    return console if console.width >= least else Console(highlight=False, width=least)
 
 
 def _native_only(precision: str, runtime: str) -> None:

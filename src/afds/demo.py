@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from afds.artifact import is_run
@@ -22,7 +21,7 @@ from afds.data import write_digits
 from afds.errors import ConfigError
 from afds.files import check_place
 from afds.fitting import FitResult, fit, read_result
-from afds.idle import without_idle
+from afds.terminal import make_console
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128], "stem_width": 16}'
 ROWS = (("scratch", "scratch", "1x"), ("plain fine-tuning", "l2+dense", "1x"),
@@ -54,7 +53,7 @@ class DemoConfig:
 
 def demo(config: DemoConfig) -> Path:
     """Train source and targets, print the table; returns the folder of the runs. Finished runs are kept."""
-    console = Console(highlight=False)
+    console = make_console()
     check_place(config.out)
     begun = time.perf_counter()
     torch.set_num_threads(1)  # maps of 8 x 8 pixels: a second thread waits more than it works
@@ -78,13 +77,13 @@ def demo(config: DemoConfig) -> Path:
         for seed in range(config.seeds):
             name = f"{method.replace('+', '-')}-{budget}-seed{seed}"
             console.print(f"{label} {budget}, seed {seed} ...", style="dim")
-            run = without_idle(FitConfig(
+            run = FitConfig(
                 data=config.out / f"digits-5-9-{config.per_class}", method=method, budget=budget, seed=seed,
                 source=_source(config, method, budget, seed),
                 arch_args=ARCH, out=_runs(config) / name, data_options=data_options,
                 optim=OptimConfig(epochs=config.epochs, batch_size=8, lr=0.05),
                 descent=DescentConfig(stages=8), recovery=RECOVERY, hardware=exact,
-            ))  # fmt: skip
+            )  # fmt: skip
             results.append(_once(run))
         table.add_row(label, budget, _spread([r.test.top1 for r in results if r.test]),
                       f"{statistics.mean(r.cost.counted for r in results) / 1e6:.2f}",
@@ -121,7 +120,7 @@ def _once(config: FitConfig) -> FitResult:
         return read_result(config.out)
     if (config.out / "config.json").exists():
         config = FitConfig(resume=config.out)
-    return fit(config, quiet=True)
+    return fit(config, quiet=True, strict=False)  # all rows share their options
 
 
 def _spread(values: list[float]) -> str:

@@ -99,9 +99,28 @@ def check_place(out: Path) -> Path:
     if not here.is_dir():
         what = "a link to nothing" if here.is_symlink() and not here.exists() else "a file"
         raise RunFolderError(f"--out {out}: {here} is {what}; name a folder that does not exist yet.")
-    if not os.access(here, os.W_OK | os.X_OK):
+    if not may_write(here):
         raise RunFolderError(f"--out {out}: {here} cannot be written to; name another place.")
     return here
+
+
+def may_write(folder: Path | str) -> bool:
+    """Whether files can be made in a folder, as far as the system tells beforehand."""
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def no_file_at(out: Path) -> str:
+    """Why no file can be written at a place, as the rest of a sentence that begins with it; "" where one can.
+
+    It tells what can be told before any work is done: not whether there is room for it.
+    """
+    if not out.parent.is_dir():
+        return f": there is no folder {out.parent}."
+    if not may_write(out.parent):
+        return f": {out.parent} cannot be written to; name another place."
+    if out.is_dir():
+        return " is a folder; name a file."
+    return " is no plain file; name another." if out.exists() and not out.is_file() else ""
 
 
 def check_beside(out: Path, *photos: Path) -> None:

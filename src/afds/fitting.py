@@ -77,6 +77,7 @@ def _fit(config: FitConfig, quiet: bool, strict: bool, held: contextlib.ExitStac
         config = begun
     elif strict:
         refuse_idle(config)
+    given = config
     config = _absolute(resolve_method(config))
     if config.data is None or config.out is None:
         missing = "a folder of photos" if config.data is None else "--out RUN, the folder to write"
@@ -103,6 +104,8 @@ def _fit(config: FitConfig, quiet: bool, strict: bool, held: contextlib.ExitStac
             progress.say(note)
     fabric.barrier()  # all have looked at --out before one writes there
     setup = Setup(config, splits, fabric)  # also where steps come first: what is wrong is wrong now
+    if strict and config.resume is None:
+        refuse_idle(given, from_base=setup.is_base)
     config = setup.config  # with what milliseconds come to
     _say_who_will_run_it(setup, progress)
     out = config.out

@@ -8,7 +8,7 @@
                                                                     `compare` refuses what none of its rows looks at
 
 An option without effect is a result that is not what its owner takes it for: the row "trials 0" of a table that is the
-row above again. What depends on the source alone (a base that is there already needs no epochs) is not asked here.
+row above again.
 """
 
 from __future__ import annotations
@@ -17,28 +17,32 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from afds.artifact import is_run
 from afds.config import ANCHORED, PAPER, PRUNED, FitConfig, parse_method, resolve_method
 from afds.errors import ConfigError
 from afds.schedule import parse_budget
 from afds.steps import base_of
 
+RECOVERED = ("optimizer", "lr", "weight_decay", "mixup", "mixup_share", "cutmix")  # as `config.recovering` has them
 CHOOSES = "networks in which each image chooses (--descent.no-settle)"
 
 
-def refuse_idle(config: FitConfig) -> None:
+def refuse_idle(config: FitConfig, *, from_base: bool = False) -> None:
     """Refuse options that this method would not look at.
+
+    from_base: the source is a run on the same classes, so that no dense fine-tuning comes first.
 
     Raises:
         ConfigError: it names the option, and whose it is.
     """
-    for message in idle_options(config).values():
+    for message in idle_options(config, from_base=from_base).values():
         raise ConfigError(message)
 
 
-def without_idle(config: FitConfig) -> FitConfig:
-    """The same, with the default in place of what this method does not look at."""
+def without_idle(config: FitConfig, *, from_base: bool = False) -> FitConfig:
+    """The same, with the default in place of what this method does not look at. from_base: see `refuse_idle`."""
     default = FitConfig()
-    for option in idle_options(config):
+    for option in idle_options(config, from_base=from_base):
         group, _, name = option.rpartition(".")
         if group:
             part = dataclasses.replace(getattr(config, group), **{name: _value(default, option)})
@@ -48,14 +52,14 @@ def without_idle(config: FitConfig) -> FitConfig:
     return config
 
 
-def idle_options(config: FitConfig) -> dict[str, str]:
+def idle_options(config: FitConfig, *, from_base: bool = False) -> dict[str, str]:
     """Options that were given and that the method does not look at, with a sentence for each.
 
-    config: as given, not resolved: a method's own values are not the user's.
+    config: as given, not resolved: a method's own values are not the user's. from_base: see `refuse_idle`.
     """
     own = PAPER if config.method == "afds-paper" else {}
     found = {}
-    for options, looked_at, whose in _rules(config):
+    for options, looked_at, whose in _rules(config, from_base):
         for option in [] if looked_at else options:
             group, _, name = option.rpartition(".")
             value, default = _value(config, option), _value(FitConfig(), option)
@@ -84,7 +88,7 @@ def _all(group: str, *but: str) -> list[str]:
     return [f"{group}.{field.name}" for field in fields if field.name not in but]
 
 
-def _rules(given: FitConfig) -> Iterable[tuple[list[str], bool, str]]:
+def _rules(given: FitConfig, from_base: bool) -> Iterable[tuple[list[str], bool, str]]:
     """Options, whether this method looks at them, and whose they are; where two rules refuse, the first one says it."""
     config = resolve_method(given)
     transfer, compression = parse_method(config.method)
@@ -100,6 +104,13 @@ def _rules(given: FitConfig) -> Iterable[tuple[list[str], bool, str]]:
     yield ["source_data"], chooses and transfer != "kd", "the methods with +afs, whose selection learns on it first"
     yield ["source_epochs"], config.source_data is not None, "the step on --source-data"
     yield ["base_epochs"], based, "methods that start from a dense fine-tuning of their own"
+    yield (["base_epochs"], not from_base or (transfer == "kd" and compression in ("dense", "small")),
+           "the dense fine-tuning, which has been done before")  # fmt: skip
+    yield (
+        ["arch_args"],
+        not is_run(config.source),
+        "an architecture by name, and --source is a run, which knows its own",
+    )
     yield ["anchor"], transfer in ANCHORED, f"the methods {' and '.join(f'{t}+...' for t in ANCHORED)}"
     yield _all("latency"), ms is not None, "a budget in milliseconds"
 
@@ -130,8 +141,16 @@ def _rules(given: FitConfig) -> Iterable[tuple[list[str], bool, str]]:
            "--descent.allocation importance")  # fmt: skip
     yield _all("recovery"), settles, f"method afds{below}, settling"
 
+    for name in RECOVERED:
+        yield ([f"optim.{name}"], not (settles and from_base),
+               f"the dense fine-tuning, which has been done before; --recovery.{name.replace('_', '-')} is of what "
+               "comes now")  # fmt: skip
+    yield (["data_options.colour"], not (settles and from_base),
+           "the dense fine-tuning, which has been done before; --recovery.colour is of what comes now")  # fmt: skip
     yield ["optim.predictor_lr"], chooses, "the methods with +afs"
-    yield ["optim.momentum"], o.optimizer == "sgd" or (settles and r.optimizer == "sgd"), "--optim.optimizer sgd"
+    dense_first = not (settles and from_base)
+    yield (["optim.momentum"], (dense_first and o.optimizer == "sgd") or (settles and r.optimizer == "sgd"),
+           "the optimizer sgd")  # fmt: skip
     yield ["optim.mixup_share", "optim.cutmix"], o.mixup > 0, "--optim.mixup"
     yield ["recovery.mixup_share", "recovery.cutmix"], r.mixup > 0, "--recovery.mixup"
     yield ["data_options.scale"], config.data_options.crop == "resized", "--data-options.crop resized"

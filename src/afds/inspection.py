@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -11,9 +12,9 @@ from typing import Any
 from afds.artifact import Run, load_run
 from afds.cost import has_selection
 from afds.data import Item
-from afds.errors import ConfigError, DataError
+from afds.errors import AfdsWarning, ConfigError, DataError
 from afds.evaluation import eval_batches, first_split, spaced
-from afds.files import write_json
+from afds.files import may_write, write_json
 from afds.report import write_report
 from afds.winners import LayerWinners, measure_winners
 
@@ -31,6 +32,9 @@ class Inspection:
     split: str
     data: str
     layers: dict[str, LayerWinners]
+    weights_sha256: str = ""
+    """Of the weights that were watched: a run that is trained anew is another one."""
+    when: str = ""
 
     @property
     def choosing(self) -> list[LayerWinners]:
@@ -57,6 +61,7 @@ def inspect_run(
     *,
     data: Path | None = None,
     images: int = IMAGES,
+    save: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> Inspection:
     """Measure the winners of a run, write RUN/winners.json and draw RUN/report.html again.
@@ -65,6 +70,7 @@ def inspect_run(
         data: photos in class folders; by default those that the run was fitted on, where they still are. Images that
             the run held out for validation are taken where it held some out, else training images, else all.
         images: at most so many, evenly spaced over the classes.
+        save: into the run folder, with a warning where that cannot be written to; else `save_inspection` does it.
     Raises:
         ConfigError: the run selects nothing. DataError: no photos, or fewer than two. RunFolderError: of the run.
     """
@@ -80,12 +86,25 @@ def inspect_run(
     items = spaced(items, images)
     say(f"Watching the winners on {len(items)} {'' if split == 'all' else split + ' '}images")
     layers = measure_winners(run.model, eval_batches(run, items))
-    found = Inspection(len(items), len({item.label for item in items}), split, str(place), layers)
-    facts = {"weights_sha256": run.structure["weights"]["sha256"],
-             "when": datetime.now(UTC).isoformat(timespec="seconds")}  # fmt: skip
-    write_json(run.path / NAME, {**facts, **found.to_dict()})
-    write_report(run.path)
+    found = Inspection(len(items), len({item.label for item in items}), split, str(place), layers,
+                       run.structure["weights"]["sha256"], datetime.now(UTC).isoformat(timespec="seconds"))  # fmt: skip
+    if save and not save_inspection(run.path, found):
+        warnings.warn(f"{run.path} cannot be written to: not saved in it.", AfdsWarning, stacklevel=2)
     return found
+
+
+def save_inspection(run_path: Path | str, found: Inspection) -> bool:
+    """Write RUN/winners.json and draw the report again; False where the folder is one that cannot be written to.
+
+    Raises:
+        RunFolderError: it can be, but there is no room.
+    """
+    path = Path(run_path).expanduser()
+    if not may_write(path):  # a run that was deployed can be inspected all the same
+        return False
+    write_json(path / NAME, {"weights_sha256": found.weights_sha256, "when": found.when, **found.to_dict()})
+    write_report(path)
+    return True
 
 
 def _photos(run: Run, data: Path | None) -> tuple[Path, str, tuple[Item, ...]]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -35,9 +36,9 @@ from afds.architecture import build_network
 from afds.artifact import Run, is_run, load_run
 from afds.compaction import deployable, is_constant, static
 from afds.cost import has_selection, measure_cost
-from afds.errors import AfdsError, ConfigError
+from afds.errors import AfdsError, AfdsWarning, ConfigError
 from afds.export import training_batches
-from afds.files import write_json
+from afds.files import may_write, write_json
 from afds.hardware import stamp, usable_cores
 from afds.report import write_report
 from afds.runtimes import IN_BF16, OPENERS, PRECISIONS, RUNTIMES, Predictor
@@ -109,6 +110,7 @@ def measure_run(
     rounds: int = 15,
     data: Path | None = None,
     profile: bool = False,
+    save: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> Measurement:
     """Time a run and its dense peer in every runtime that is installed; saved as RUN/measure.json, and in its report.
@@ -119,28 +121,26 @@ def measure_run(
         precisions: `float32`, `bf16` or both; of bf16 there are rows of OpenVINO and native.
         data: photos to freeze the static network on; by default those of the run, where they still are.
         profile: also where the time goes in the native runtime, by layer.
+        save: into the run folder, with a warning where that cannot be written to; else `save_measurement` does it.
     Raises:
-        ConfigError: a number or a name that makes no sense.
+        ConfigError: a number or a name that makes no sense, or nothing that could be timed: nothing is saved.
         RunFolderError: of the run.
     """
     cores = usable_cores()
-    threads = tuple(threads) or tuple(dict.fromkeys((1, cores)))
+    threads, batches = tuple(threads) or tuple(dict.fromkeys((1, cores))), tuple(batches) or (1,)
     _check(threads, batches, only, rounds, cores)
-    for precision in precisions:
-        if precision not in PRECISIONS:
-            raise ConfigError(f"--precision {precision}: choose from {', '.join(PRECISIONS)}.")
+    runtimes, unknown = _runtimes(only, tuple(dict.fromkeys(precisions)) or PRECISIONS[:1])
     run = load_run(run_path)
     side = run.preprocess.input_size
     full_side = dense_side(run)
     result = Measurement(run.arch, side, full_side, datetime.now(UTC).isoformat(timespec="seconds"), _hardware(),
-                         _accuracy(run), weights_sha256=run.structure["weights"]["sha256"])  # fmt: skip
+                         _accuracy(run), skipped=unknown,
+                         weights_sha256=run.structure["weights"]["sha256"])  # fmt: skip
     networks = _networks(run, data, [f for f in FORMS if not only or f in only or not set(only) & set(FORMS)], result)
     sides = {form: full_side if form == "dense" else side for form in networks}
     noise = {s: torch.randn(2, 3, s, s, generator=torch.Generator().manual_seed(0)) for s in (side, full_side)}
     full = measure_cost(networks["dense"], [noise[full_side]]).dense
     ratios = {form: full / measure_cost(network, [noise[sides[form]]]).counted for form, network in networks.items()}
-    named = [r for r in RUNTIMES if not only or r in only or not set(only) & set(RUNTIMES)]
-    runtimes = [(r, p) for p in dict.fromkeys(precisions) for r in named if p == "float32" or r in IN_BF16]
     before = torch.get_num_threads()
     try:
         for count in threads:
@@ -151,12 +151,29 @@ def measure_run(
                 )
     finally:
         torch.set_num_threads(before)
+    if not result.rows:  # a measurement that was saved before is worth more
+        why = "; ".join(f"{what}: {reason}" for what, reason in result.skipped.items())
+        raise ConfigError(f"nothing could be timed, so nothing was saved. {why}")
     if profile:
         result.profile = _profile(networks.get(result.own, networks["dense"]), side, result)
     result.verdict = verdict(result.rows, result.own)
-    write_json(run.path / NAME, result.to_dict())
-    write_report(run.path)
+    if save and not save_measurement(run.path, result):
+        warnings.warn(f"{run.path} cannot be written to: not saved in it.", AfdsWarning, stacklevel=2)
     return result
+
+
+def save_measurement(run_path: Path | str, result: Measurement) -> bool:
+    """Write RUN/measure.json and draw the report again; False where the folder is one that cannot be written to.
+
+    Raises:
+        RunFolderError: it can be, but there is no room.
+    """
+    path = Path(run_path).expanduser()
+    if not may_write(path):  # a run that was deployed can be measured all the same
+        return False
+    write_json(path / NAME, result.to_dict())
+    write_report(path)
+    return True
 
 
 def dense_side(run: Run) -> int:
@@ -173,6 +190,20 @@ def _check(threads: Sequence[int], batches: Sequence[int], only: Sequence[str], 
     for name in only:
         if name not in (*FORMS, *RUNTIMES):
             raise ConfigError(f"--only {name}: choose from {', '.join((*FORMS, *RUNTIMES))}.")
+
+
+def _runtimes(only: Sequence[str], precisions: Sequence[str]) -> tuple[list[tuple[str, str]], dict[str, str]]:
+    """(runtime, precision) of the rows, and why there are none of a runtime that was named."""
+    for precision in precisions:
+        if precision not in PRECISIONS:
+            raise ConfigError(f"--precision {precision}: choose from {', '.join(PRECISIONS)}.")
+    asked = [r for r in RUNTIMES if r in only]
+    pairs = [(r, p) for p in precisions for r in asked or RUNTIMES]
+    known = [(r, p) for r, p in pairs if p == "float32" or r in IN_BF16]
+    reason = f"rows in bf16 are of {' and '.join(reversed(IN_BF16))}"
+    if not known:
+        raise ConfigError(f"--precision bf16 --only {' '.join(asked)}: {reason}; name one of these, or float32.")
+    return known, {f"{r} {p}": reason for r, p in pairs if r in asked and (r, p) not in known}
 
 
 def _networks(run: Run, data: Path | None, forms: list[str], result: Measurement) -> dict[str, nn.Module]:

@@ -141,7 +141,14 @@ class CompareConfig:
         return rows
 
     def all_budgets(self) -> list[str]:
-        return list(dict.fromkeys(_split(self.budgets))) or ["1x"]
+        """As they are written, each once: `2x` and `2.0X` are one."""
+        found: dict[Any, str] = {}
+        for text in _split(self.budgets):
+            budget = parse_budget(text)
+            found.setdefault((budget.ratio, budget.macs, budget.ms), text)
+        if not found:
+            raise ConfigError("--budgets names none: give such as 2x,5x.")
+        return list(found.values())
 
     def tuned_at(self) -> str:
         return self.tune_at or next((b for b in self.all_budgets() if parse_budget(b).ratio != 1), "1x")

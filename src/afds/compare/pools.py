@@ -3,7 +3,7 @@
 All three are `concurrent.futures` executors, so that one scheduler (`run.py`) serves them::
 
     --jobs 1   Here                  submit(trial) has trained when it returns
-    --jobs N   ProcessPoolExecutor   N at a time, each with its share of the cores
+    --jobs N   Beside                N at a time, each with its share of the cores
     --ray A    RayPool               as many at a time as the cluster has room for
 
 A trial keeps all that it knows in its run folder. So it does not matter which of them began it, or on which node.
@@ -15,6 +15,7 @@ import dataclasses
 import logging
 import multiprocessing
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -41,6 +42,17 @@ class Here(Executor):
         future: Future[Any] = Future()
         future.set_result(fn(*args, **kwargs))
         return future
+
+
+class Beside(ProcessPoolExecutor):
+    """Processes beside this one. They import for seconds before they can answer a Ctrl-C: until then it waits."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        usual = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # processes that are started now inherit it
+        try:
+            return super().submit(fn, *args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, usual)
 
 
 class RayPool(Executor):
@@ -137,7 +149,7 @@ def make_pool(c: CompareConfig) -> tuple[Executor, int | None]:
         return Here(), 1
     threads = max(1, usable_cores() // c.jobs)
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(c.jobs, context, initializer=_begin, initargs=(threads,)), c.jobs
+    return Beside(c.jobs, context, initializer=_begin, initargs=(threads,)), c.jobs
 
 
 def _begin(threads: int) -> None:
@@ -145,6 +157,11 @@ def _begin(threads: int) -> None:
 
     Left behind by a kill it would train on, in the very folder in which the comparison that is started again goes on.
     """
+    import afds.compare.run  # noqa: F401, all that a trial needs, before a Ctrl-C is answered
+
+    if signal.SIGINT in signal.sigpending():
+        os._exit(130)  # nothing is begun yet
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     if parent is not None:

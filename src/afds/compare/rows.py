@@ -23,7 +23,8 @@ from afds.errors import ConfigError
 
 # What the comparison itself decides; a row may not.
 FIXED = ("data", "out", "resume", "budget", "method", "seed", "source", "arch_args", "teacher", "anchor", "read_test",
-         "base_epochs", "latency")  # fmt: skip
+         "base_epochs", "latency", "hardware", "data_options.input_size", "data_options.val_fraction",
+         "data_options.test_fraction", "data_options.skip_unreadable")  # fmt: skip
 _ROW = re.compile(r"\s*([A-Za-z0-9+-]+)\s*(?:\[(.*)\])?\s*", re.DOTALL)
 
 
@@ -39,6 +40,8 @@ class Row:
     def slug(self) -> str:
         """For folder names; with a digest where names that differ would else be one: long ones, other alphabets."""
         short = re.sub(r"[^A-Za-z0-9.+-]+", "_", self.name).strip("_")
+        if not short.strip("."):  # the folder above, or this one
+            short = ""
         if self.name.isascii() and 0 < len(short) <= 80:
             return short
         return f"{short[:71]}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}".lstrip("-")
@@ -67,7 +70,10 @@ def parse_row(text: str, name: str | None = None) -> Row:
     if "small_source" in dict(overrides) and "small" not in parse_method(match[1])[1]:
         raise ConfigError(f"{text}: small_source has no effect without +small, such as l2+small.")
     row = Row(name or text.strip(), match[1], tuple(overrides))
-    row.apply(FitConfig())
+    try:
+        row.apply(FitConfig())
+    except ConfigError as error:
+        raise error if str(error).startswith(row.name) else ConfigError(f"{row.name}: {error}") from error
     return row
 
 
@@ -79,12 +85,21 @@ def read_rows(path: Path) -> list[Row]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text).get("rows")
+        is_json = path.suffix == ".json"
+        values = json.loads(text, object_pairs_hook=_each_once) if is_json else tomllib.loads(text).get("rows")
     except (OSError, ValueError) as error:
         raise ConfigError(f"--rows {path}: cannot be read ({error}).") from error
     if not isinstance(values, dict) or not values or not all(isinstance(v, str) for v in values.values()):
         raise ConfigError(f'--rows {path}: give lines such as "AFD off" = "afds[distillation.afd=0]" under [rows].')
     return [parse_row(value, name) for name, value in values.items()]
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """As TOML has it: JSON would take the last of two rows of one name."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{max(names, key=names.count)!r} is there twice")
+    return dict(pairs)
 
 
 def override(config: FitConfig, values: dict[str, Any], where: str) -> FitConfig:
@@ -101,7 +116,7 @@ def override(config: FitConfig, values: dict[str, Any], where: str) -> FitConfig
             place = place.get(group) if isinstance(place, dict) else None
         if not isinstance(place, dict) or last not in place or isinstance(place[last], dict):
             raise ConfigError(f"{where}: there is no option {option!r}; `afds fit --help` lists them.")
-        if option.partition(".")[0] in FIXED:
+        if option in FIXED or option.partition(".")[0] in FIXED:
             raise ConfigError(f"{where}: {option} is the same for all rows of a comparison.")
         place[last] = value
     result: FitConfig = from_json(FitConfig, plain, where)

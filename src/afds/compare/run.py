@@ -26,12 +26,14 @@ from afds.compare.plan import (
     common,
     identity,
     make_plan,
+    two_steps,
     whole_fit,
 )  # fmt: skip
 from afds.compare.pools import make_pool
 from afds.compare.rows import Row
 from afds.config import FitConfig, resolve_method, to_json
 from afds.data import make_splits, scan, with_unlabelled
+from afds.data.unlabelled import fingerprint
 from afds.errors import AfdsError, ConfigError, RunFolderError, TrainingError
 from afds.files import alone_in, check_beside, check_place, is_empty, read_json, write_atomic, write_json
 from afds.fitting import fit, read_photos, read_result
@@ -41,6 +43,7 @@ from afds.lineage import check_unseen
 from afds.progress import Progress
 from afds.record import read_lines
 from afds.setup import Setup
+from afds.terminal import make_console
 
 
 def compare(c: CompareConfig, console: Console | None = None) -> list[dict[str, Any]]:
@@ -49,7 +52,7 @@ def compare(c: CompareConfig, console: Console | None = None) -> list[dict[str, 
     Raises:
         AfdsError: before any training, for what would stop it later.
     """
-    console = console or Console(highlight=False)
+    console = console or make_console()
     c = _same_precision(c)
     check_folder(c)
     pool, slots = make_pool(c)
@@ -70,15 +73,17 @@ def _compare(c: CompareConfig, console: Console, pool: Executor, slots: int | No
         return []
     c.out.mkdir(parents=True, exist_ok=True)
     with alone_in(c.out):
+        check_folder(c)  # another one may have begun there since, with other options
+        _same_photos(c, prints)
         return _do(c, console, pool, slots, plan, prints)
 
 
 def _do(
-    c: CompareConfig, console: Console, pool: Executor, slots: int | None, plan: list[Trial], prints: dict[str, str]
+    c: CompareConfig, console: Console, pool: Executor, slots: int | None, plan: list[Trial], prints: Prints
 ) -> list[dict[str, Any]]:
     write_json(c.out / "compare.json",
                {"options": identity(c), "rows": {**_known(c, "rows"), **_definitions(c)},
-                "data": {**_known(c, "data"), **prints}})  # fmt: skip
+                **{kind: {**_known(c, kind), **now} for kind, now in prints.items()}})  # fmt: skip
     lines = _known_lines(c)
     for trial in plan:
         c.out.joinpath(trial.key).parent.mkdir(parents=True, exist_ok=True)
@@ -118,15 +123,20 @@ def to_do(plan: list[Trial], lines: Mapping[str, Any]) -> dict[str, Trial]:
     return {t.key: t for t in plan if t.key in left or (t.kind == "base" and t.key in needed and is_missing(t))}
 
 
-def preflight(c: CompareConfig, console: Console) -> dict[str, str]:
-    """Build every row at every budget on every data set, and train none; fingerprints of the data, by name."""
+Prints = dict[str, dict[str, Any]]
+"""What the photos are known by again: `data` and `bytes`, of each data set, and `unlabelled`, of each row with such."""
+
+
+def preflight(c: CompareConfig, console: Console) -> Prints:
+    """Build every row at every budget on every data set, and train none; what the photos are known by again."""
     fabric = make_fabric(c.hardware)
-    prints = {}
+    prints: Prints = {"data": {}, "bytes": {}, "unlabelled": {}}
     check_idle(c)
     for data in c.data:
-        first = whole_fit(c, c.all_rows()[0], data, "1x", 0)
+        first = dataclasses.replace(common(c, data), seed=0)
         splits, facts = read_photos(first, Progress(quiet=True))
-        prints[data.resolve().name] = facts["fingerprint"]
+        prints["data"][data.resolve().name] = facts["fingerprint"]
+        prints["bytes"][data.resolve().name] = facts["bytes"]
         if not splits.test:
             way = "Add test/, or leave --data-options.test-fraction above 0"
             if "train" in scan(data).splits:
@@ -140,9 +150,13 @@ def preflight(c: CompareConfig, console: Console) -> dict[str, str]:
             for budget in budgets:
                 try:
                     config = resolve_method(whole_fit(c, row, data, budget, 0))
-                    # The source step has data of its own and is checked by its own fit.
-                    config = dataclasses.replace(config, source_data=None)
-                    photos = with_unlabelled(splits, config.unlabelled) if config.unlabelled else splits
+                    if config.source_data is not None:  # a step with photos of its own, read in its own fit
+                        scan(config.source_data)
+                        config = dataclasses.replace(config, source_data=None)
+                    photos = splits
+                    if config.unlabelled:
+                        photos = with_unlabelled(splits, config.unlabelled)
+                        prints["unlabelled"][f"{row.name} on {data.resolve().name}"] = fingerprint(photos.unlabelled)
                     Setup(config, photos, fabric, rehearsal=True)
                 except AfdsError as error:
                     raise type(error)(f"{row.name} at {budget} on {data}: {error}") from error
@@ -160,7 +174,12 @@ def check_idle(c: CompareConfig) -> None:
         own, idle = {option for option, _ in row.overrides}, list[dict[str, str]]()
         for budget in budgets_of(row, c.all_budgets()):
             try:
-                idle.append(idle_options(dataclasses.replace(row.apply(common(c, c.data[0])), budget=budget)))
+                config = dataclasses.replace(row.apply(common(c, c.data[0])), budget=budget)
+                found = idle_options(config)
+                if two_steps(config) and config.source_data is None:  # a base learns with the options of all
+                    late = idle_options(dataclasses.replace(config, arch_args="{}"), from_base=True)
+                    found = {option: late[option] for option in own & late.keys()} | found
+                idle.append(found)
             except ConfigError as error:
                 raise ConfigError(f"{row.name} at {budget}: {error}") from error
         if not idle:
@@ -176,16 +195,30 @@ def check_idle(c: CompareConfig) -> None:
 
 
 def _known(c: CompareConfig, what: str) -> dict[str, Any]:
-    """Fingerprints of the photos (`data`), or definitions of the rows, of all starts before."""
+    """What the photos (see `Prints`), or the rows, were in all starts before."""
+    return dict(_record(c).get(what, {}))
+
+
+def _record(c: CompareConfig) -> dict[str, Any]:
+    """What compare.json says; nothing where there is none yet.
+
+    Raises:
+        RunFolderError: it is of another make.
+    """
     path = c.out / "compare.json"
-    return dict(read_json(path).get(what, {})) if path.exists() else {}
+    saved = read_json(path) if path.exists() else {}
+    if not isinstance(saved, dict) or not all(isinstance(part, dict) for part in saved.values()):
+        raise RunFolderError(f"{path} is not the record of a comparison: use a new --out.")
+    return saved
 
 
-def _same_photos(c: CompareConfig, prints: dict[str, str]) -> None:
-    for name, known in _known(c, "data").items():
-        if prints.get(name, known) != known:
-            raise RunFolderError(f"{c.out}: the photos of {name} are not those that it was begun with. Results of both "
-                                 "in one table would not compare: use a new --out.")  # fmt: skip
+def _same_photos(c: CompareConfig, prints: Prints) -> None:
+    for kind, now in prints.items():
+        for name, known in _known(c, kind).items():
+            if now.get(name, known) != known:
+                what = "unlabelled photos of the row" if kind == "unlabelled" else "photos of"
+                raise RunFolderError(f"{c.out}: the {what} {name} are not those that it was begun with. Results of "
+                                     "both in one table would not compare: use a new --out.")  # fmt: skip
 
 
 def _check_sources(c: CompareConfig, row: Row, data: Path) -> None:
@@ -215,7 +248,7 @@ def check_folder(c: CompareConfig) -> None:
         if c.out.exists() and not is_empty(c.out):
             raise RunFolderError(f"--out {c.out} is not empty and holds no comparison; name a new folder.")
         return
-    saved = read_json(path)
+    saved = _record(c)
     for name, value in _flat(identity(c)).items():
         old = _flat(saved.get("options", {})).get(name)
         if old != value:
@@ -253,7 +286,7 @@ def _same_precision(c: CompareConfig) -> CompareConfig:
     """`auto` is decided once: on some machines it is a measurement, and trials must not differ by it."""
     path, hardware = c.out / "compare.json", c.hardware
     if hardware.precision == "auto" and path.exists():
-        saved = read_json(path).get("options", {}).get("hardware", {}).get("precision", "auto")
+        saved = _record(c).get("options", {}).get("hardware", {}).get("precision", "auto")
         hardware = dataclasses.replace(hardware, precision=saved)
     elif hardware.precision == "auto":
         device = resolve_device(hardware)
@@ -265,7 +298,8 @@ def _same_precision(c: CompareConfig) -> CompareConfig:
 def _read_known(c: CompareConfig) -> dict[str, dict[str, Any]]:
     """Lines of trials that are done."""
     path = c.out / "trials.jsonl"
-    return {line["key"]: line for line in read_lines(path) if "key" in line} if path.exists() else {}
+    lines = read_lines(path) if path.exists() else []
+    return {line["key"]: line for line in lines if {"key", "kind", "row", "error"} <= line.keys()}
 
 
 def _known_lines(c: CompareConfig) -> dict[str, dict[str, Any]]:

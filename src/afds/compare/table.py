@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -64,7 +65,7 @@ def cells(lines: Sequence[dict[str, Any]], reference: str) -> list[Cell]:
         )
         other = groups.get((data, reference, budget)) if row != reference else None
         found.append(Cell(
-            data, row, budget, len(good), len(group) - len(good),
+            data, row, budget, len(good), sum(line["error"] is not None for line in group),
             statistics.mean(line["test"] for line in good) if good else None,
             spread([line["test"] for line in good]),
             _mean([line["macs"] for line in good]), _mean([line["ratio"] for line in good]),
@@ -116,7 +117,7 @@ def texts(cell: Cell) -> tuple[str, ...]:
     failed = f" ({cell.failed} diverged)" if cell.failed else ""
     mean = "-" if cell.mean is None else f"{cell.mean:.1%}"
     mean += f" ± {100 * cell.spread:.1f}" if cell.spread is not None else ""
-    return (cell.row, cell.budget, f"{cell.seeds}{failed}", mean,
+    return (" ".join(cell.row.split()), cell.budget, f"{cell.seeds}{failed}", mean,
             "-" if cell.ratio is None else f"{cell.ratio:.2f}x",
             "-" if cell.macs is None else f"{cell.macs / 1e6:.1f}",
             points(cell.reference), points(cell.dense),
@@ -152,12 +153,19 @@ def footnote(found: Sequence[Cell], reference: str, trials: int) -> str:
             )  # fmt: skip
 
 
+NAME = 30  # columns for a row's name
+
+
 def terminal(found: Sequence[Cell]) -> list[Table]:
     tables = []
     for data in dict.fromkeys(cell.data for cell in found):
-        table = Table(title=escape(data))
+        table = Table(title=escape(data), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
         for i, name in enumerate(HEAD):
-            table.add_column(name, justify="left" if i == 0 else "right")
+            if i == 0:
+                longest = max(len(cell.row) for cell in found)
+                table.add_column(name, min_width=min(longest, NAME), overflow="fold")
+            else:
+                table.add_column(name, justify="right", no_wrap=True)
         for cell in found:
             if cell.data == data:
                 table.add_row(*map(escape, texts(cell)))

@@ -32,6 +32,7 @@ from afds.data import Item
 from afds.errors import AfdsError, ExportError
 from afds.evaluation import eval_batches, first_split, spaced
 from afds.export.formats import READERS, SUFFIX, WRITERS, check_installed, files_of
+from afds.files import no_file_at
 
 FREEZE_IMAGES = 512  # training images on which winners are counted
 CHECK_IMAGES = 1000  # validation images on which a file is compared, at most
@@ -81,7 +82,8 @@ def export_run(
         data: photos; by default those of the run, where they still are.
         tolerance: points of accuracy by which file and network may differ.
     Raises:
-        ExportError: a package is missing, a layer cannot be written, or the file does not compute what it should.
+        ExportError: a package is missing, a layer cannot be written, there is no room for the file, or it does not
+            compute what it should.
         RunFolderError, DataError: of the run, and of the photos where they were named.
     """
     check_installed(kind)
@@ -104,7 +106,7 @@ def export_run(
         say(f"Writing {out.name}")
         try:
             WRITERS[kind](network.eval(), temporary, side, classes, facts, form == "dynamic")
-        except AfdsError:
+        except (AfdsError, OSError):  # OSError: of the file, not of the network
             raise
         except Exception as error:  # exporters raise whatever they like
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -113,7 +115,8 @@ def export_run(
         for source, target in zip(files_of(temporary), files_of(out), strict=True):
             os.replace(source, target)
     except OSError as error:
-        raise ExportError(f"{out}: cannot be written ({error.strerror}). Check its folder and the space.") from error
+        reason = error.strerror or str(error) or type(error).__name__
+        raise ExportError(f"{out}: cannot be written ({reason}). Check its folder and the space.") from error
     finally:
         for file in files_of(temporary):
             with contextlib.suppress(OSError):
@@ -136,12 +139,8 @@ def _where(out: Path | None, run: Run, kind: str, static_form: bool) -> Path:
     out = out or run.path / f"{'static' if static_form else 'model'}{suffix}"
     if out.suffix != suffix:
         raise ExportError(f"--out {out}: a file of --format {kind} ends in {suffix}.")
-    if not out.parent.is_dir():
-        raise ExportError(f"--out {out}: there is no folder {out.parent}.")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise ExportError(f"--out {out}: {out.parent} cannot be written to; name another place.")
-    if out.is_dir():
-        raise ExportError(f"--out {out} is a folder; name a file.")
+    if reason := no_file_at(out):
+        raise ExportError(f"--out {out}{reason}")
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import logging
 import warnings
@@ -21,6 +22,7 @@ from afds.errors import ConfigError, ExportError
 SUFFIX = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "torch": ()}
 FACTS = "afds.json"  # in a .pt2
+SPARE_BYTES = 2**20  # an IR takes less than this more than an ONNX file: its .xml is wordy
 Predictor = Callable[[np.ndarray], np.ndarray]  # images (B, 3, H, W) float32 -> logits (B, classes)
 
 
@@ -53,16 +55,25 @@ def write_onnx(network: nn.Module, out: Path, side: int, classes: int, facts: di
 def write_openvino(
     network: nn.Module, out: Path, side: int, classes: int, facts: dict[str, Any], dynamic: bool
 ) -> None:
-    """IR in float32, .xml and .bin; `facts` go into its rt_info under "afds"."""
-    import io
+    """IR in float32, .xml and .bin; `facts` go into its rt_info under "afds".
 
+    Raises:
+        OSError: there is no room for them.
+    """
     import openvino
 
-    model = openvino.Core().read_model(io.BytesIO(_onnx(network, side, classes, dynamic).SerializeToString()))
+    graph = onnx_bytes(network, side, classes, dynamic)
+    model = openvino.Core().read_model(io.BytesIO(graph))
     for key, value in facts.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         model.set_rt_info(text, ["afds", key])
-    openvino.save_model(model, str(out), compress_to_fp16=False)
+    try:
+        openvino.save_model(model, str(out), compress_to_fp16=False)
+    except RuntimeError:  # "iostream error" is all it says of a full disk; writing on where it stopped says more
+        for file in files_of(out):
+            with open(file, "ab") as part:
+                part.write(bytes(len(graph) + SPARE_BYTES))
+        raise
 
 
 def write_torch(network: nn.Module, out: Path, side: int, classes: int, facts: dict[str, Any], dynamic: bool) -> None:
@@ -74,7 +85,9 @@ def write_torch(network: nn.Module, out: Path, side: int, classes: int, facts: d
         shapes = None if dynamic else ({0: torch.export.Dim("batch")},)
         image = torch.zeros(1 if dynamic else 2, 3, side, side)
         program = torch.export.export(module.eval(), (image,), strict=False, dynamic_shapes=shapes)
-        torch.export.save(program, out, extra_files={FACTS: json.dumps(facts, ensure_ascii=False)})
+        made = io.BytesIO()  # its writer ends the whole program where a disk is full
+        torch.export.save(program, made, extra_files={FACTS: json.dumps(facts, ensure_ascii=False)})
+    out.write_bytes(made.getbuffer())
 
 
 def onnx_bytes(network: nn.Module, side: int, classes: int, dynamic: bool) -> bytes:
@@ -137,8 +150,6 @@ def open_openvino(path: Path | bytes, threads: int = 0, precision: str = "f32") 
     Raises:
         ConfigError: it does not compute in this precision here.
     """
-    import io
-
     import openvino
 
     core = openvino.Core()
