@@ -38,6 +38,7 @@ from afds.progress import Progress
 from afds.runtime import is_built
 from afds.setup import Setup
 from afds.views import averaged, views_of
+from runs import changed
 
 ARCH = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}'
 
@@ -103,7 +104,7 @@ def options(place: Path, out: Path, **changes: Any) -> FitConfig:
         optim=OptimConfig(epochs=3, batch_size=8, lr=0.05),
         descent=DescentConfig(images=8, reconstruct=32, multiple_of=2, input_size=24),
     )  # fmt: skip
-    return dataclasses.replace(config, **changes)
+    return changed(config, changes)
 
 
 def test_a_run_on_smaller_images_meets_its_budget_and_resumes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
