@@ -104,8 +104,7 @@ def _rules(given: FitConfig, from_base: bool) -> Iterable[tuple[list[str], bool,
     yield ["source_data"], chooses and transfer != "kd", "the methods with +afs, whose selection learns on it first"
     yield ["source_epochs"], config.source_data is not None, "the step on --source-data"
     yield ["base_epochs"], based, "methods that start from a dense fine-tuning of their own"
-    yield (["base_epochs"], not from_base or (transfer == "kd" and compression in ("dense", "small")),
-           "the dense fine-tuning, which has been done before")  # fmt: skip
+    yield ["base_epochs"], not from_base, "the dense fine-tuning, which has been done before"
     yield (
         ["arch_args"],
         not is_run(config.source),
