@@ -28,8 +28,9 @@ from afds.config import (
 from afds.data import write_digits
 from afds.errors import ConfigError
 from afds.fitting import fit
-from afds.idle import refuse_idle
+from afds.idle import idle_options, refuse_idle
 from afds.selection import SelectionConfig
+from runs import write_run
 
 PER_IMAGE = DescentConfig(settle=False)
 
@@ -120,6 +121,13 @@ def test_options_of_a_step_that_has_been_done_are_refused(shown: str, changes: d
     refuse_idle(FitConfig(**changes))  # where the step comes first
     with pytest.raises(ConfigError, match=f"^{shown} would be of no effect .* of .* has been done before|sgd"):
         refuse_idle(FitConfig(**changes), from_base=True)
+
+
+def test_an_architecture_is_looked_at_for_the_anchor_where_the_source_is_a_run(tmp_path: Path) -> None:
+    write_run(tmp_path, selection=None)
+    config = FitConfig(method="l2-sp+l1", source=str(tmp_path), arch_args='{"layers": [1, 1, 1, 1]}')
+    assert list(idle_options(config)) == ["arch_args"]
+    refuse_idle(dataclasses.replace(config, anchor="resnet18:weights.safetensors"))
 
 
 def test_where_each_image_chooses_and_in_pruning_options_are_still_looked_at() -> None:

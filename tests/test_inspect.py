@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import afds.commands
-import afds.inspection
+import afds.report
 from afds.cli import main
 from afds.errors import AfdsWarning, RunFolderError
 from afds.files import read_json
@@ -28,7 +28,7 @@ def test_a_run_that_cannot_be_written_to_is_inspected_all_the_same(
 ) -> None:
     run = tmp_path / "run"
     files = sorted(run.iterdir())
-    monkeypatch.setattr(afds.inspection, "may_write", lambda folder: folder != run)
+    monkeypatch.setattr(afds.report, "may_write", lambda folder: folder != run)
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "Two images share" in out
@@ -45,7 +45,7 @@ def test_figures_are_shown_before_they_are_saved_and_saved_though_nobody_reads_t
         raise RunFolderError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(afds.inspection, "write_json", fail)
+        patch.setattr(afds.report, "write_json", fail)
         assert main(arguments) == 2
     said = capsys.readouterr()
     assert "Two images share" in said.out

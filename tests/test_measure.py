@@ -10,6 +10,7 @@ import pytest
 
 import afds.commands
 import afds.measure
+import afds.report
 from afds.cli import main
 from afds.errors import AfdsWarning, ConfigError, RunFolderError
 from afds.files import read_json
@@ -202,7 +203,7 @@ def test_figures_are_shown_before_they_are_saved_and_saved_though_nobody_reads_t
         raise RunFolderError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(afds.measure, "write_json", full)
+        patch.setattr(afds.report, "write_json", full)
         assert main(arguments) == 2
     said = capsys.readouterr()
     assert "threads 1, batch 1" in said.out

@@ -105,11 +105,8 @@ def _rules(given: FitConfig, from_base: bool) -> Iterable[tuple[list[str], bool,
     yield ["source_epochs"], config.source_data is not None, "the step on --source-data"
     yield ["base_epochs"], based, "methods that start from a dense fine-tuning of their own"
     yield ["base_epochs"], not from_base, "the dense fine-tuning, which has been done before"
-    yield (
-        ["arch_args"],
-        not is_run(config.source),
-        "an architecture by name, and --source is a run, which knows its own",
-    )
+    yield (["arch_args"], bool(config.anchor) or not is_run(config.source),
+           "an architecture by name, and --source is a run, which knows its own")  # fmt: skip
     yield ["anchor"], transfer in ANCHORED, f"the methods {' and '.join(f'{t}+...' for t in ANCHORED)}"
     yield _all("latency"), ms is not None, "a budget in milliseconds"
 

@@ -14,8 +14,7 @@ from afds.cost import has_selection
 from afds.data import Item
 from afds.errors import AfdsWarning, ConfigError, DataError
 from afds.evaluation import eval_batches, first_split, spaced
-from afds.files import may_write, write_json
-from afds.report import write_report
+from afds.report import keep_figures
 from afds.winners import LayerWinners, measure_winners
 
 NAME = "winners.json"
@@ -94,17 +93,9 @@ def inspect_run(
 
 
 def save_inspection(run_path: Path | str, found: Inspection) -> bool:
-    """Write RUN/winners.json and draw the report again; False where the folder is one that cannot be written to.
-
-    Raises:
-        RunFolderError: it can be, but there is no room.
-    """
-    path = Path(run_path).expanduser()
-    if not may_write(path):  # a run that was deployed can be inspected all the same
-        return False
-    write_json(path / NAME, {"weights_sha256": found.weights_sha256, "when": found.when, **found.to_dict()})
-    write_report(path)
-    return True
+    """RUN/winners.json, as `keep_figures`."""
+    return keep_figures(run_path, NAME,
+                        {"weights_sha256": found.weights_sha256, "when": found.when, **found.to_dict()})  # fmt: skip
 
 
 def _photos(run: Run, data: Path | None) -> tuple[Path, str, tuple[Item, ...]]:

@@ -38,9 +38,8 @@ from afds.compaction import deployable, is_constant, static
 from afds.cost import has_selection, measure_cost
 from afds.errors import AfdsError, AfdsWarning, ConfigError
 from afds.export import training_batches
-from afds.files import may_write, write_json
 from afds.hardware import stamp, usable_cores
-from afds.report import write_report
+from afds.report import keep_figures
 from afds.runtimes import IN_BF16, OPENERS, PRECISIONS, RUNTIMES, Predictor
 
 FORMS = ("dense", "static", "dynamic")
@@ -163,17 +162,8 @@ def measure_run(
 
 
 def save_measurement(run_path: Path | str, result: Measurement) -> bool:
-    """Write RUN/measure.json and draw the report again; False where the folder is one that cannot be written to.
-
-    Raises:
-        RunFolderError: it can be, but there is no room.
-    """
-    path = Path(run_path).expanduser()
-    if not may_write(path):  # a run that was deployed can be measured all the same
-        return False
-    write_json(path / NAME, result.to_dict())
-    write_report(path)
-    return True
+    """RUN/measure.json, as `keep_figures`."""
+    return keep_figures(run_path, NAME, result.to_dict())
 
 
 def dense_side(run: Run) -> int:

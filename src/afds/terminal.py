@@ -11,7 +11,7 @@ class Terminal(Console):
     """A console whose reader may leave, as `head` does: the command line hears of it (rich would end the program)."""
 
     def on_broken_pipe(self) -> NoReturn:
-        raise
+        raise  # what rich has just caught
 
 
 def make_console(least: int = 0) -> Terminal:

@@ -73,7 +73,9 @@ def parse_row(text: str, name: str | None = None) -> Row:
     try:
         row.apply(FitConfig())
     except ConfigError as error:
-        raise error if str(error).startswith(row.name) else ConfigError(f"{row.name}: {error}") from error
+        if str(error).startswith(row.name):
+            raise
+        raise ConfigError(f"{row.name}: {error}") from error
     return row
 
 

@@ -133,8 +133,7 @@ def preflight(c: CompareConfig, console: Console) -> Prints:
     prints: Prints = {"data": {}, "bytes": {}, "unlabelled": {}}
     check_idle(c)
     for data in c.data:
-        first = dataclasses.replace(common(c, data), seed=0)
-        splits, facts = read_photos(first, Progress(quiet=True))
+        splits, facts = read_photos(common(c, data), Progress(quiet=True))
         prints["data"][data.resolve().name] = facts["fingerprint"]
         prints["bytes"][data.resolve().name] = facts["bytes"]
         if not splits.test:
@@ -177,7 +176,7 @@ def check_idle(c: CompareConfig) -> None:
                 config = dataclasses.replace(row.apply(common(c, c.data[0])), budget=budget)
                 found = idle_options(config)
                 if two_steps(config) and config.source_data is None:  # a base learns with the options of all
-                    late = idle_options(dataclasses.replace(config, arch_args="{}"), from_base=True)
+                    late = idle_options(config, from_base=True)
                     found = {option: late[option] for option in own & late.keys()} | found
                 idle.append(found)
             except ConfigError as error:

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from afds.errors import RunFolderError
-from afds.files import write_atomic
+from afds.files import may_write, write_atomic, write_json
 
 NAME = "report.html"
 
@@ -30,3 +31,19 @@ def write_report(run: Path | str) -> Path:
         raise RunFolderError(f"{run}: not a run folder, it has no config.json, structure.json or metrics.jsonl.")
     write_atomic(run / NAME, render(facts))
     return run / NAME
+
+
+def keep_figures(run: Path | str, name: str, figures: dict[str, Any]) -> bool:
+    """Write RUN/name and draw the page again, which shows it; False where the folder cannot be written to.
+
+    So a run that was deployed can be looked at all the same.
+
+    Raises:
+        RunFolderError: it can be written to, but there is no room.
+    """
+    path = Path(run).expanduser()
+    if not may_write(path):
+        return False
+    write_json(path / name, figures)
+    write_report(path)
+    return True
